@@ -1,0 +1,98 @@
+# Set-up, build and every check of torch_slmops. `make help` lists the targets.
+#
+# TORCH_INDEX   index to take torch from, for example PyTorch's own CPU wheel index; without it torch
+#               comes from pip's default index, whose Linux wheel may carry gigabytes of CUDA libraries
+# PYTHON        interpreter of the virtual environment (default: python3.11, else python3)
+# VENV          where that environment lies (default: .venv)
+# MAX_JOBS      compile jobs at a time (default: one per core)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
+VENV ?= .venv
+TORCH_INDEX ?=
+override VENV := $(abspath $(VENV))
+# ninja and clang-format are found through PATH.
+export PATH := $(VENV)/bin:$(PATH)
+export TORCH_INDEX
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+PIP := $(VENV)/bin/python -m pip
+EXTENSION := torch_slmops/_C.abi3.so
+CPP_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+PY_FILES := setup.py torch_slmops tests benchmarks examples
+SOURCES := $(filter csrc/%,$(CPP_FILES))
+
+.PHONY: help demo test lint format bench build cpptest emulate-avx2 ci-full clean
+help:
+	@echo "make demo          set up, build, run examples/quickstart.py"
+	@echo "make test          set up, build, run the test suite"
+	@echo "make lint          ruff, mypy --strict, clang-format: all only check"
+	@echo "make format        ruff and clang-format: rewrite"
+	@echo "make bench         set up, build, run the benchmarks"
+	@echo "make build         set up, build the extension in place"
+	@echo "make cpptest       the C++ tests under AddressSanitizer and UBSan"
+	@echo "make emulate-avx2  a selection of the tests on an emulated CPU with AVX2 and no more"
+	@echo "make ci-full       the checks that are too long for every commit"
+	@echo "make clean         remove what was built, keep the environment"
+
+# Set-up ---------------------------------------------------------------------------------------------
+# A stamp per step, newer than what the step reads, so that a second run costs nothing.
+$(VENV)/.stamp-python:
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.stamp-run: requirements.txt $(VENV)/.stamp-python
+	$(PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' requirements.txt)
+	$(PIP) install -q -r requirements.txt
+	touch $@
+
+$(VENV)/.stamp-dev: requirements-dev.txt $(VENV)/.stamp-run
+	$(PIP) install -q -r requirements-dev.txt
+	touch $@
+
+$(EXTENSION): $(SOURCES) setup.py $(VENV)/.stamp-run
+	$(VENV)/bin/python setup.py -q build_ext --inplace
+
+# Makes `import torch_slmops` work from any directory; the objects are those of the step before.
+$(VENV)/.stamp-editable: pyproject.toml $(VENV)/.stamp-run | $(EXTENSION)
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+build: $(EXTENSION) $(VENV)/.stamp-editable
+
+# Use ------------------------------------------------------------------------------------------------
+demo: build
+	$(VENV)/bin/python examples/quickstart.py
+
+bench: build
+	$(VENV)/bin/python -m benchmarks
+
+# Checks ---------------------------------------------------------------------------------------------
+lint: $(VENV)/.stamp-dev
+	ruff check $(PY_FILES)
+	ruff format --check $(PY_FILES)
+	mypy
+	clang-format --dry-run -Werror $(CPP_FILES)
+
+format: $(VENV)/.stamp-dev
+	ruff check --fix $(PY_FILES)
+	ruff format $(PY_FILES)
+	clang-format -i $(CPP_FILES)
+
+test: build $(VENV)/.stamp-dev
+	$(VENV)/bin/python -m pytest
+
+cpptest:
+	tests/cpp/run.sh
+
+emulate-avx2: build $(VENV)/.stamp-dev
+	tools/emulate_avx2.sh $(VENV)/bin/python
+
+ci-full: cpptest emulate-avx2
+	$(VENV)/bin/python -m pytest -m full
+
+clean:
+	rm -rf build dist *.egg-info $(EXTENSION) tests/cpp/build

@@ -1,0 +1,68 @@
+"""Which kernels run: the instruction-set (ISA) rows of this build and the choice among them.
+
+Features come from cpuinfo through torch where torch offers them, else from the operating system.
+The best row that they allow is used; the environment variable `SLMOPS_ISA` caps it from the start
+of the process, `set_isa` at any time.
+"""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    import torch_slmops._C  # noqa: F401 - registers torch.ops.slmops
+except ImportError as error:
+    raise ImportError(
+        f"expected the compiled extension torch_slmops._C, got: {error}. In a source checkout, "
+        "`make build` compiles it; otherwise reinstall torch_slmops."
+    ) from error
+
+__all__ = ["features", "isa", "isas", "set_isa"]
+
+
+def _names(joined: str) -> list[str]:
+    return joined.split(", ") if joined else []
+
+
+def isas() -> list[str]:
+    """Returns the ISA rows that can run here, best first; the last one is "scalar"."""
+    return _names(torch.ops.slmops._isas())
+
+
+def isa() -> str:
+    """Returns the name of the ISA row in use."""
+    name: str = torch.ops.slmops._isa()
+    return name
+
+
+def set_isa(name: str) -> None:
+    """Makes the row `name` the one in use, for every thread from its next op on.
+
+    Results do not depend on it: all rows give the same bits.
+
+    Args:
+        name: One of `isas()`.
+
+    Raises:
+        ValueError: `name` is no row of this build, or one that this CPU cannot run.
+    """
+    if name not in isas():
+        raise ValueError(f"set_isa: expected one of {', '.join(isas())}, got {name!r}")
+    torch.ops.slmops._set_isa(name)
+
+
+def features() -> list[str]:
+    """Returns the CPU features in use, of those that some row asks for, in cpuinfo's spelling."""
+    return _names(torch.ops.slmops._isa_features(False))
+
+
+def _use_cpuinfo() -> None:
+    """Hands cpuinfo's features to C++; where torch has no such API (2.10), C++ asks the system."""
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if get_capabilities is not None:
+        found = get_capabilities()
+        torch.ops.slmops._set_features(", ".join(name for name in found if found[name] is True))
+
+
+_use_cpuinfo()
+isa()  # A wrong SLMOPS_ISA is an error of the import, not of the first op.
