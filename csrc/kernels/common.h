@@ -1,0 +1,89 @@
+// What all kernels share: typed loads and stores with tails, unrolling by row count.
+#pragma once
+#include "kernels.h"
+
+#define SLMOPS_INLINE inline __attribute__((always_inline))
+
+namespace slmops::SLMOPS_ISA {
+namespace {
+
+constexpr int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+
+template <int kValue>
+struct Int {
+  static constexpr int value = kValue;
+};
+
+/// Calls body(Int<n>{}) for a run-time n in 1..kMax.
+template <int kMax, class Body>
+SLMOPS_INLINE void with_constant(int64_t n, const Body& body) {
+  if constexpr (kMax > 1) {
+    if (n < kMax) return with_constant<kMax - 1>(n, body);
+  }
+  body(Int<kMax>{});
+}
+
+/// 16 scales or float zero points, f16 or bf16.
+SLMOPS_INLINE F32 load_scale(DType t, const uint8_t* p) {
+  return t == DType::f16 ? load_f16(p) : load_bf16(p);
+}
+
+inline void store_scale(DType t, uint8_t* p, F32 x) {
+  if (t == DType::f16) return store_f16(p, x);
+  store_bf16(p, x);
+}
+
+/// 16 elements of type t from element `index` on, as fp32.
+SLMOPS_INLINE F32 load_as(DType t, const void* p, int64_t index) {
+  const uint8_t* q = static_cast<const uint8_t*>(p) + index * size_of(t);
+  if (t == DType::bf16) return load_bf16(q);
+  if (t == DType::f16) return load_f16(q);
+  return load(reinterpret_cast<const float*>(q));
+}
+
+/// The first `count` of 16 elements, the rest +0.
+inline F32 load_tail(DType t, const void* p, int64_t index, int64_t count) {
+  alignas(64) uint8_t padded[64] = {};
+  memcpy(padded, static_cast<const uint8_t*>(p) + index * size_of(t),
+         static_cast<size_t>(count * size_of(t)));
+  return load_as(t, padded, 0);
+}
+
+SLMOPS_INLINE void store_as(DType t, void* p, int64_t index, F32 x) {
+  uint8_t* q = static_cast<uint8_t*>(p) + index * size_of(t);
+  if (t == DType::bf16) return store_bf16(q, x);
+  if (t == DType::f16) return store_f16(q, x);
+  store(reinterpret_cast<float*>(q), canonical_nan(x));
+}
+
+inline void store_tail(DType t, void* p, int64_t index, F32 x, int64_t count) {
+  alignas(64) uint8_t full[64];
+  store_as(t, full, 0, x);
+  memcpy(static_cast<uint8_t*>(p) + index * size_of(t), full,
+         static_cast<size_t>(count * size_of(t)));
+}
+
+/// Elements [k, k + 16) of row `row` of the activations, permuted, +0 beyond `columns`.
+inline F32 load_columns(const SourceRows& src, int64_t row, int64_t k, int64_t columns) {
+  const uint8_t* base = static_cast<const uint8_t*>(src.x) + row * src.stride * size_of(src.type);
+  const int64_t count = columns - k < kLanes ? columns - k : kLanes;
+  if (count <= 0) return splat(0.0f);
+  if (src.perm == nullptr) {
+    return count == kLanes ? load_as(src.type, base, k) : load_tail(src.type, base, k, count);
+  }
+  alignas(64) uint8_t gathered[64] = {};
+  const int64_t size = size_of(src.type);
+  for (int64_t i = 0; i < count; ++i) {
+    memcpy(gathered + i * size, base + src.perm[k + i] * size, static_cast<size_t>(size));
+  }
+  return load_as(src.type, gathered, 0);
+}
+
+inline void convert(const void* in, DType in_type, void* out, DType out_type, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store_as(out_type, out, i, load_as(in_type, in, i));
+  if (i < count) store_tail(out_type, out, i, load_tail(in_type, in, i, count - i), count - i);
+}
+
+}  // namespace
+}  // namespace slmops::SLMOPS_ISA

@@ -1,0 +1,100 @@
+// The kernel table: every kernel of an ISA row behind one documented function pointer.
+//
+// Kernels never allocate, thread, throw or check: csrc/ops does. All kernels of all rows give the
+// same bits.
+#pragma once
+#include "../pack/format.h"
+
+namespace slmops {
+
+/// Rows of activations, quantized per act_group, as `linear` of the same ISA row reads them.
+struct QuantizedRows {
+  int8_t* codes;     // [m][k_padded], in -127..127, padding 0
+  float* scale;      // [m][k_padded / act_group]
+  int32_t* presets;  // [m][presets_per_row(f)]: what the integer accumulators of a row start from
+};
+
+/// Where activations come from: m rows of k elements, row i at x + i * stride elements, columns
+/// taken in the order of perm (k entries) when it is not null.
+struct SourceRows {
+  const void* x;
+  DType type;
+  int64_t stride;
+  const int64_t* perm;
+};
+
+/// k that share one preset: a sub-scale's 16, else the shorter of weight group and activation
+/// group.
+constexpr int64_t preset_unit(const Format& f) {
+  return f.scale_kind == ScaleKind::sub16 ? kSubGroup
+                                          : (f.group < f.act_group ? f.group : f.act_group);
+}
+
+/// int32 of QuantizedRows::presets per row; `sub16` has one per activation group after those per
+/// unit.
+constexpr int64_t presets_per_row(const Format& f) {
+  const int64_t units = f.k_padded / preset_unit(f);
+  return f.scale_kind == ScaleKind::sub16 ? units + f.k_padded / f.act_group : units;
+}
+
+struct LinearArgs {
+  const Format* format;
+  const uint8_t* packed;  // whole buffer, header included
+  QuantizedRows rows;     // int8 mode
+  const float* x;         // float mode: [m][k_padded] fp32, padding +0
+  const void* bias;       // [n] of bias_type, or null
+  DType bias_type;
+  void* out;  // [m][n] of out_type, row stride out_stride elements
+  DType out_type;
+  int64_t out_stride;
+  uint8_t* scratch;  // scratch_bytes(format) of this thread, any alignment
+};
+
+/// One weight row-block quantization job; definitions in docs/arithmetic.md, section "Choosing
+/// codes".
+struct QuantizeArgs {
+  const void* w;  // [n][k] of type, row stride `stride` elements
+  DType type;
+  int64_t n, k, stride;
+  int32_t bits;
+  ScaleKind scale_kind;
+  bool symmetric;
+  bool mse;                 // search="mse", else "absmax"
+  int64_t group;            // group kind: k per scale (any positive number); sub16: 16
+  DType scale_type;         // f16 or bf16 (group), f32 (sub16)
+  const float* importance;  // [k] or null
+  Parts out;                // zero_point int16 when asymmetric
+  float* scratch;           // quantize_scratch_floats(k, group) of this thread
+};
+
+struct KernelTable {
+  /// codes, scale, presets of rows [begin, end) of the activations.
+  void (*quantize_rows)(const Format& f, const SourceRows& src, const QuantizedRows& out,
+                        int64_t begin, int64_t end);
+  /// The same rows as fp32, padded with +0: the input of `activations="float"`.
+  void (*widen_rows)(const Format& f, const SourceRows& src, float* out, int64_t begin,
+                     int64_t end);
+  /// out[m][n] = x[m][k] * w[n][k] + bias for rows [row_begin, row_end) and the 32 outputs of
+  /// `tile`.
+  void (*linear)(const LinearArgs& args, int64_t tile, int64_t row_begin, int64_t row_end);
+  /// out[i][k] = w[ids[i]][k], rounded once to `type`; ids checked by the caller.
+  void (*embedding)(const Format& f, const uint8_t* packed, const int64_t* ids, int64_t count,
+                    DType type, void* out);
+  /// Codes and scales of weight rows [16 * begin, 16 * end). Returns the smallest and largest
+  /// non-zero |scale| (fp32, before rounding) through `range` when it is not null.
+  void (*quantize_weight)(const QuantizeArgs& args, int64_t begin, int64_t end, float* range);
+  /// count elements fp32 <-> `type`, the project's one rounding; for tests of the conversions.
+  void (*convert)(const void* in, DType in_type, void* out, DType out_type, int64_t count);
+};
+
+/// Bytes of LinearArgs::scratch: a sub16 tile expanded to int8.
+constexpr int64_t scratch_bytes(const Format& f) {
+  return f.scale_kind == ScaleKind::sub16 ? f.k_padded * kTile : 0;
+}
+/// Floats of QuantizeArgs::scratch: 16 transposed weight rows, once more normalised, and their
+/// groups' scales.
+constexpr int64_t quantize_scratch_floats(int64_t k, int64_t group) {
+  return 16 * (2 * k + (k + group - 1) / group);
+}
+
+}  // namespace slmops

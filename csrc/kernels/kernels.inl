@@ -1,0 +1,19 @@
+// One ISA row: all kernels over the SIMD header that the including file chose, and their table.
+#include "embedding.h"
+#include "linear_float.h"
+#include "quantize_rows.h"
+#include "quantize_weight.h"
+
+namespace slmops::SLMOPS_ISA {
+
+extern const KernelTable kernels;
+constinit const KernelTable kernels = {
+    .quantize_rows = quantize_rows,
+    .widen_rows = widen_rows,
+    .linear = linear,
+    .embedding = embedding,
+    .quantize_weight = quantize_weight,
+    .convert = convert,
+};
+
+}  // namespace slmops::SLMOPS_ISA

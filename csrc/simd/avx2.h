@@ -1,0 +1,223 @@
+// The SIMD contract on AVX2, FMA and F16C: a vector is two ymm. scalar.h documents the functions.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace slmops::SLMOPS_ISA {
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int kMaxRows = 4;
+constexpr int kBlockLines =
+    1;  // 4 rows x 16 outputs: 8 int16 sums, 4 weights, 1 broadcast fill the 16 ymm
+constexpr int32_t kDot8Bias = 128;
+constexpr bool kExpandSub16 = false;  // a u8 dot takes two multiplies and a sign here, a u4 dot one
+
+struct F32 {
+  __m256 a, b;
+};
+struct I32 {
+  __m256i a, b;
+};
+using Mask = F32;
+struct Line {
+  __m256i a, b;
+};
+/// int16 pairs: 8 products of 15 * 127 * 2 reach 30480, so a sum of 8 cannot saturate.
+struct Dot4 {
+  __m256i a, b;
+};
+/// Signed weights and their magnitudes: maddubs of two full-range operands would saturate at 255 *
+/// 127 * 2.
+struct Bytes {
+  __m256i a, b, abs_a, abs_b;
+};
+
+inline F32 splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline F32 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, F32 x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+inline F32 operator+(F32 x, F32 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline F32 operator-(F32 x, F32 y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline F32 operator*(F32 x, F32 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline F32 operator/(F32 x, F32 y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline F32 fma(F32 x, F32 y, F32 z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline F32 fnma(F32 x, F32 y, F32 z) {
+  return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)};
+}
+inline F32 min(F32 x, F32 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline F32 max(F32 x, F32 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline Mask operator<(F32 x, F32 y) {
+  return {_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ)};
+}
+inline F32 select(Mask m, F32 x, F32 y) {
+  return {_mm256_blendv_ps(y.a, x.a, m.a), _mm256_blendv_ps(y.b, x.b, m.b)};
+}
+
+inline __m256i load_ymm(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+inline __m128i load_xmm(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
+inline I32 splat_i32(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline I32 load_i32(const int32_t* p) { return {load_ymm(p), load_ymm(p + 8)}; }
+inline void store_i32(int32_t* p, I32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), x.b);
+}
+inline I32 load_i16(const uint8_t* p) {
+  return {_mm256_cvtepi16_epi32(load_xmm(p)), _mm256_cvtepi16_epi32(load_xmm(p + 16))};
+}
+inline I32 operator+(I32 x, I32 y) {
+  return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
+}
+inline I32 operator*(I32 x, I32 y) {
+  return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)};
+}
+inline I32 operator&(I32 x, I32 y) {
+  return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)};
+}
+inline I32 max(I32 x, I32 y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
+template <int kBits>
+inline I32 shift_right(I32 x) {
+  return {_mm256_srli_epi32(x.a, kBits), _mm256_srli_epi32(x.b, kBits)};
+}
+inline int32_t reduce_max(I32 x) {
+  const __m256i y = _mm256_max_epi32(x.a, x.b);
+  __m128i z = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+  z = _mm_max_epi32(z, _mm_shuffle_epi32(z, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(z, _mm_shuffle_epi32(z, 0xb1)));
+}
+inline int32_t reduce_add(I32 x) {
+  const __m256i y = _mm256_add_epi32(x.a, x.b);
+  __m128i z = _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+  z = _mm_add_epi32(z, _mm_shuffle_epi32(z, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(z, _mm_shuffle_epi32(z, 0xb1)));
+}
+
+inline F32 to_f32(I32 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline I32 round(F32 x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+inline I32 bits_of(F32 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+inline F32 from_bits(I32 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+/// 16 lanes as 16-bit values, which they must fit (unsigned).
+inline __m256i narrow_u16(I32 x) {
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
+}
+inline void store_i8(int8_t* p, I32 x) {
+  const __m256i low = _mm256_set1_epi32(0xff);
+  const __m256i h = narrow_u16(x & I32{low, low});
+  const __m128i q = _mm_packus_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), q);
+}
+
+inline F32 load_f16(const void* p) {
+  const uint8_t* q = static_cast<const uint8_t*>(p);
+  return {_mm256_cvtph_ps(load_xmm(q)), _mm256_cvtph_ps(load_xmm(q + 16))};
+}
+inline F32 load_bf16(const void* p) {
+  const uint8_t* q = static_cast<const uint8_t*>(p);
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_xmm(q)), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_xmm(q + 16)), 16))};
+}
+inline __m256 canonical_nan(__m256 x) {
+  const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+  return _mm256_blendv_ps(x, nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+}
+inline F32 canonical_nan(F32 x) { return {canonical_nan(x.a), canonical_nan(x.b)}; }
+inline void store_f16(void* p, F32 x) {
+  __m128i* q = static_cast<__m128i*>(p);
+  _mm_storeu_si128(q, _mm256_cvtps_ph(canonical_nan(x.a), _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(q + 1, _mm256_cvtps_ph(canonical_nan(x.b), _MM_FROUND_TO_NEAREST_INT));
+}
+inline __m256i round_bf16(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(canonical_nan(x));
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  return _mm256_srli_epi32(up, 16);
+}
+inline void store_bf16(void* p, F32 x) {
+  const __m256i h = narrow_u16({round_bf16(x.a), round_bf16(x.b)});
+  _mm256_storeu_si256(static_cast<__m256i*>(p), h);
+}
+
+inline Line load_line(const uint8_t* p) { return {load_ymm(p), load_ymm(p + 32)}; }
+inline void store_line(uint8_t* p, Line x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), x.b);
+}
+inline Line low_nibbles(Line x) {
+  const __m256i m = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
+}
+inline Line high_nibbles(Line x) {
+  const __m256i m = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(_mm256_srli_epi16(x.a, 4), m),
+          _mm256_and_si256(_mm256_srli_epi16(x.b, 4), m)};
+}
+template <int kByte>
+inline I32 lane_byte(Line x) {
+  const __m256i m = _mm256_set1_epi32(255);
+  return {_mm256_and_si256(_mm256_srli_epi32(x.a, 8 * kByte), m),
+          _mm256_and_si256(_mm256_srli_epi32(x.b, 8 * kByte), m)};
+}
+inline __m256i splat_codes(const int8_t* a) {
+  int32_t four;
+  memcpy(&four, a, sizeof(four));
+  return _mm256_set1_epi32(four);
+}
+inline Dot4 dot4_begin(I32 /*acc*/) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Dot4 dot4(Dot4 d, Line u, const int8_t* a) {
+  const __m256i codes = splat_codes(a);
+  return {_mm256_add_epi16(d.a, _mm256_maddubs_epi16(u.a, codes)),
+          _mm256_add_epi16(d.b, _mm256_maddubs_epi16(u.b, codes))};
+}
+inline I32 dot4_end(I32 acc, Dot4 d) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(d.a, ones)),
+          _mm256_add_epi32(acc.b, _mm256_madd_epi16(d.b, ones))};
+}
+/// The preset stands in the low int16 of a pair; 4 products and it reach 15240 + 16256, which fits.
+inline int32_t sub_preset(int32_t preset) { return preset & 0xffff; }
+inline Dot4 sub_begin(int32_t preset) {
+  const __m256i p = _mm256_set1_epi32(preset);
+  return {p, p};
+}
+/// Both halves of a lane hold the sub-scale: madd scales and widens the int16 pair at once.
+inline I32 sub_scales(const uint8_t* p, int j) {
+  const __m256i pairs = _mm256_permute4x64_epi64(load_ymm(p), 0xd8);
+  const __m256i s = _mm256_and_si256(_mm256_srli_epi16(pairs, 4 * j), _mm256_set1_epi16(15));
+  return {_mm256_unpacklo_epi16(s, s), _mm256_unpackhi_epi16(s, s)};
+}
+inline I32 sub_end(I32 acc, Dot4 d, I32 sub) {
+  return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(d.a, sub.a)),
+          _mm256_add_epi32(acc.b, _mm256_madd_epi16(d.b, sub.b))};
+}
+inline Bytes bytes(Line x) {
+  const __m256i flip = _mm256_set1_epi8(static_cast<char>(0x80));
+  const __m256i a = _mm256_xor_si256(x.a, flip), b = _mm256_xor_si256(x.b, flip);
+  return {a, b, _mm256_abs_epi8(a), _mm256_abs_epi8(b)};
+}
+inline I32 dot8(I32 acc, Bytes u, const int8_t* a) {
+  const __m256i codes = splat_codes(a), ones = _mm256_set1_epi16(1);
+  const __m256i p = _mm256_maddubs_epi16(u.abs_a, _mm256_sign_epi8(codes, u.a));
+  const __m256i q = _mm256_maddubs_epi16(u.abs_b, _mm256_sign_epi8(codes, u.b));
+  return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(p, ones)),
+          _mm256_add_epi32(acc.b, _mm256_madd_epi16(q, ones))};
+}
+inline __m256i expand(__m256i u, __m256i sub) {
+  const __m256i low = _mm256_set1_epi16(255);
+  const __m256i bias = _mm256_sub_epi16(_mm256_set1_epi16(128), _mm256_slli_epi16(sub, 3));
+  const __m256i even = _mm256_add_epi16(_mm256_mullo_epi16(_mm256_and_si256(u, low), sub), bias);
+  const __m256i odd = _mm256_add_epi16(_mm256_mullo_epi16(_mm256_srli_epi16(u, 8), sub), bias);
+  return _mm256_or_si256(_mm256_and_si256(even, low), _mm256_slli_epi16(odd, 8));
+}
+inline Line expand(Line u, I32 sub) { return {expand(u.a, sub.a), expand(u.b, sub.b)}; }
+
+}  // namespace
+}  // namespace slmops::SLMOPS_ISA

@@ -1,0 +1,144 @@
+// The SIMD contract on AVX-512 F, BW, DQ, VL and VNNI: a vector is one zmm. scalar.h documents the
+// functions.
+#pragma once
+#ifdef SLMOPS_AVX512_EMULATION
+#include SLMOPS_AVX512_EMULATION
+#else
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+namespace slmops::SLMOPS_ISA {
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int kMaxRows = 6;
+constexpr int kBlockLines =
+    2;  // 6 rows x 32 outputs: 12 int32 sums, 12 fp32 sums, weights, broadcast in 32 zmm
+constexpr int32_t kDot8Bias = 0;
+constexpr bool kExpandSub16 = true;
+
+struct F32 {
+  __m512 v;
+};
+struct I32 {
+  __m512i v;
+};
+using Mask = __mmask16;
+struct Line {
+  __m512i v;
+};
+struct Dot4 {
+  __m512i v;
+};
+struct Bytes {
+  __m512i v;
+};
+
+inline F32 splat(float x) { return {_mm512_set1_ps(x)}; }
+inline F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }
+inline F32 operator+(F32 x, F32 y) { return {_mm512_add_ps(x.v, y.v)}; }
+inline F32 operator-(F32 x, F32 y) { return {_mm512_sub_ps(x.v, y.v)}; }
+inline F32 operator*(F32 x, F32 y) { return {_mm512_mul_ps(x.v, y.v)}; }
+inline F32 operator/(F32 x, F32 y) { return {_mm512_div_ps(x.v, y.v)}; }
+inline F32 fma(F32 x, F32 y, F32 z) { return {_mm512_fmadd_ps(x.v, y.v, z.v)}; }
+inline F32 fnma(F32 x, F32 y, F32 z) { return {_mm512_fnmadd_ps(x.v, y.v, z.v)}; }
+inline F32 min(F32 x, F32 y) { return {_mm512_min_ps(x.v, y.v)}; }
+inline F32 max(F32 x, F32 y) { return {_mm512_max_ps(x.v, y.v)}; }
+inline Mask operator<(F32 x, F32 y) { return _mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ); }
+inline F32 select(Mask m, F32 x, F32 y) { return {_mm512_mask_blend_ps(m, y.v, x.v)}; }
+
+inline I32 splat_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline I32 load_i32(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_i32(int32_t* p, I32 x) { _mm512_storeu_si512(p, x.v); }
+inline __m256i load_ymm(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+inline I32 load_i16(const uint8_t* p) { return {_mm512_cvtepi16_epi32(load_ymm(p))}; }
+inline I32 operator+(I32 x, I32 y) { return {_mm512_add_epi32(x.v, y.v)}; }
+inline I32 operator*(I32 x, I32 y) { return {_mm512_mullo_epi32(x.v, y.v)}; }
+inline I32 operator&(I32 x, I32 y) { return {_mm512_and_si512(x.v, y.v)}; }
+inline I32 max(I32 x, I32 y) { return {_mm512_max_epi32(x.v, y.v)}; }
+template <int kBits>
+inline I32 shift_right(I32 x) {
+  return {_mm512_srli_epi32(x.v, kBits)};
+}
+inline int32_t reduce_max(I32 x) { return _mm512_reduce_max_epi32(x.v); }
+inline int32_t reduce_add(I32 x) { return _mm512_reduce_add_epi32(x.v); }
+
+inline F32 to_f32(I32 x) { return {_mm512_cvtepi32_ps(x.v)}; }
+inline I32 round(F32 x) { return {_mm512_cvtps_epi32(x.v)}; }
+inline I32 bits_of(F32 x) { return {_mm512_castps_si512(x.v)}; }
+inline F32 from_bits(I32 x) { return {_mm512_castsi512_ps(x.v)}; }
+inline void store_i8(int8_t* p, I32 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v));
+}
+
+inline F32 load_f16(const void* p) { return {_mm512_cvtph_ps(load_ymm(p))}; }
+inline F32 load_bf16(const void* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_ymm(p)), 16))};
+}
+inline F32 canonical_nan(F32 x) {
+  const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), x.v, nan)};
+}
+inline void store_f16(void* p, F32 x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(canonical_nan(x).v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store_bf16(void* p, F32 x) {
+  const __m512i bits = _mm512_castps_si512(canonical_nan(x).v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+}
+
+inline Line load_line(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_line(uint8_t* p, Line x) { _mm512_storeu_si512(p, x.v); }
+inline Line low_nibbles(Line x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
+inline Line high_nibbles(Line x) {
+  return {_mm512_and_si512(_mm512_srli_epi16(x.v, 4), _mm512_set1_epi8(15))};
+}
+template <int kByte>
+inline I32 lane_byte(Line x) {
+  return {_mm512_and_si512(_mm512_srli_epi32(x.v, 8 * kByte), _mm512_set1_epi32(255))};
+}
+inline __m512i splat_codes(const int8_t* a) {
+  int32_t four;
+  memcpy(&four, a, sizeof(four));
+  return _mm512_set1_epi32(four);
+}
+inline Dot4 dot4_begin(I32 acc) { return {acc.v}; }
+inline Dot4 dot4(Dot4 d, Line u, const int8_t* a) {
+  return {_mm512_dpbusd_epi32(d.v, u.v, splat_codes(a))};
+}
+inline I32 dot4_end(I32 /*acc*/, Dot4 d) { return {d.v}; }
+inline int32_t sub_preset(int32_t preset) { return preset; }
+inline Dot4 sub_begin(int32_t preset) { return {_mm512_set1_epi32(preset)}; }
+/// The sub-scale stands in the low half of a lane, 0 in the high one: dpwssd multiplies the low
+/// int16 of the dot.
+inline I32 sub_scales(const uint8_t* p, int j) {
+  const __m512i pairs = _mm512_cvtepu16_epi32(load_ymm(p));
+  return {_mm512_and_si512(_mm512_srli_epi32(pairs, static_cast<unsigned>(4 * j)),
+                           _mm512_set1_epi32(15))};
+}
+/// The dot of 16 k fits int16 (|sum of (u - 8) * a| <= 16256), so its low half is all of it.
+inline I32 sub_end(I32 acc, Dot4 d, I32 sub) { return {_mm512_dpwssd_epi32(acc.v, d.v, sub.v)}; }
+inline Bytes bytes(Line x) { return {x.v}; }
+inline I32 dot8(I32 acc, Bytes u, const int8_t* a) {
+  return {_mm512_dpbusd_epi32(acc.v, u.v, splat_codes(a))};
+}
+inline Line expand(Line u, I32 sub) {
+  const __m512i low = _mm512_set1_epi16(255);
+  const __m512i s = _mm512_or_si512(sub.v, _mm512_slli_epi32(sub.v, 16));
+  const __m512i bias = _mm512_sub_epi16(_mm512_set1_epi16(128), _mm512_slli_epi16(s, 3));
+  const __m512i even = _mm512_add_epi16(_mm512_mullo_epi16(_mm512_and_si512(u.v, low), s), bias);
+  const __m512i odd = _mm512_add_epi16(_mm512_mullo_epi16(_mm512_srli_epi16(u.v, 8), s), bias);
+  return {_mm512_or_si512(_mm512_and_si512(even, low), _mm512_slli_epi16(odd, 8))};
+}
+
+}  // namespace
+}  // namespace slmops::SLMOPS_ISA

@@ -1,0 +1,332 @@
+// The SIMD contract, and its reference in plain C++: everything a kernel may ask of an instruction
+// set.
+//
+// A vector has 16 logical lanes on every row (1 zmm, 2 ymm, 4 q, an array). Each function below is
+// documented here only; avx2.h and avx512.h define the same names with the same results, bit for
+// bit. Arithmetic is IEEE fp32, round to nearest even, denormals kept: the caller's FpScope sees to
+// that.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace slmops::SLMOPS_ISA {
+namespace {
+
+constexpr int kLanes = 16;
+
+/// Rows x lines of outputs that a matmul block keeps in registers (kMaxRows rows, kBlockLines x 16
+/// outputs).
+constexpr int kMaxRows = 1;  // arrays, not registers: larger blocks only take minutes to compile
+constexpr int kBlockLines = 1;
+/// dot8 computes sum a * (u - kDot8Bias): 0 where the machine takes u as unsigned, 128 where as
+/// signed.
+constexpr int32_t kDot8Bias = 128;
+/// Whether large batches expand a sub16 tile to int8 once (a u8 dot costs no more than a u4 dot).
+constexpr bool kExpandSub16 = false;
+
+struct F32 {
+  float v[16];
+};
+struct I32 {
+  int32_t v[16];
+};
+struct Mask {
+  bool v[16];
+};
+/// 64 bytes: 4 consecutive k of 16 outputs, output n in bytes 4n..4n+3.
+struct Line {
+  uint8_t v[64];
+};
+/// A running sum of dot4, between dot4_begin and dot4_end.
+struct Dot4 {
+  I32 sum;
+};
+/// A Line made ready for dot8.
+struct Bytes {
+  Line line;
+};
+
+#define SLMOPS_LANES(expr)           \
+  for (int i = 0; i < kLanes; ++i) { \
+    expr;                            \
+  }                                  \
+  return r
+
+// --- fp32 ---
+inline F32 splat(float x) {
+  F32 r;
+  SLMOPS_LANES(r.v[i] = x);
+}
+inline F32 load(const float* p) {
+  F32 r;
+  SLMOPS_LANES(r.v[i] = p[i]);
+}
+inline void store(float* p, F32 x) { memcpy(p, x.v, sizeof(x.v)); }
+inline F32 operator+(F32 a, F32 b) {
+  F32 r;
+  SLMOPS_LANES(r.v[i] = a.v[i] + b.v[i]);
+}
+inline F32 operator-(F32 a, F32 b) {
+  F32 r;
+  SLMOPS_LANES(r.v[i] = a.v[i] - b.v[i]);
+}
+inline F32 operator*(F32 a, F32 b) {
+  F32 r;
+  SLMOPS_LANES(r.v[i] = a.v[i] * b.v[i]);
+}
+inline F32 operator/(F32 a, F32 b) {
+  F32 r;
+  SLMOPS_LANES(r.v[i] = a.v[i] / b.v[i]);
+}
+/// a * b + c, rounded once.
+inline F32 fma(F32 a, F32 b, F32 c) {
+  F32 r;
+  SLMOPS_LANES(r.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]));
+}
+/// -(a * b) + c, rounded once.
+inline F32 fnma(F32 a, F32 b, F32 c) {
+  F32 r;
+  SLMOPS_LANES(r.v[i] = __builtin_fmaf(-a.v[i], b.v[i], c.v[i]));
+}
+/// a < b ? a : b. Not for NaN, nor where the sign of a zero matters.
+inline F32 min(F32 a, F32 b) {
+  F32 r;
+  SLMOPS_LANES(r.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]);
+}
+/// a > b ? a : b. Not for NaN, nor where the sign of a zero matters.
+inline F32 max(F32 a, F32 b) {
+  F32 r;
+  SLMOPS_LANES(r.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]);
+}
+inline Mask operator<(F32 a, F32 b) {
+  Mask r;
+  SLMOPS_LANES(r.v[i] = a.v[i] < b.v[i]);
+}
+/// mask ? a : b.
+inline F32 select(Mask m, F32 a, F32 b) {
+  F32 r;
+  SLMOPS_LANES(r.v[i] = m.v[i] ? a.v[i] : b.v[i]);
+}
+
+// --- int32 ---
+inline I32 splat_i32(int32_t x) {
+  I32 r;
+  SLMOPS_LANES(r.v[i] = x);
+}
+inline I32 load_i32(const int32_t* p) {
+  I32 r;
+  SLMOPS_LANES(r.v[i] = p[i]);
+}
+inline void store_i32(int32_t* p, I32 x) { memcpy(p, x.v, sizeof(x.v)); }
+/// Sign-extends 16 int16 from any address.
+inline I32 load_i16(const uint8_t* p) {
+  int16_t h[16];
+  memcpy(h, p, sizeof(h));
+  I32 r;
+  SLMOPS_LANES(r.v[i] = h[i]);
+}
+inline I32 operator+(I32 a, I32 b) {
+  I32 r;
+  SLMOPS_LANES(r.v[i] = a.v[i] + b.v[i]);
+}
+/// Low 32 bits of the product.
+inline I32 operator*(I32 a, I32 b) {
+  I32 r;
+  SLMOPS_LANES(
+      r.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) * static_cast<uint32_t>(b.v[i])));
+}
+inline I32 operator&(I32 a, I32 b) {
+  I32 r;
+  SLMOPS_LANES(r.v[i] = a.v[i] & b.v[i]);
+}
+inline I32 max(I32 a, I32 b) {
+  I32 r;
+  SLMOPS_LANES(r.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]);
+}
+/// Logical shift right.
+template <int kBits>
+inline I32 shift_right(I32 a) {
+  I32 r;
+  SLMOPS_LANES(r.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> kBits));
+}
+inline int32_t reduce_max(I32 a) {
+  int32_t r = a.v[0];
+  for (int i = 1; i < kLanes; ++i) r = a.v[i] > r ? a.v[i] : r;
+  return r;
+}
+inline int32_t reduce_add(I32 a) {
+  int32_t r = 0;
+  for (int i = 0; i < kLanes; ++i) r += a.v[i];
+  return r;
+}
+
+// --- between them ---
+inline F32 to_f32(I32 a) {
+  F32 r;
+  SLMOPS_LANES(r.v[i] = static_cast<float>(a.v[i]));
+}
+/// Nearest integer, ties to even; |x| < 2^22.
+inline I32 round(F32 a) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: the sum's last bit is worth 1
+  I32 r;
+  SLMOPS_LANES(r.v[i] = static_cast<int32_t>((a.v[i] + kMagic) - kMagic));
+}
+inline I32 bits_of(F32 a) {
+  I32 r;
+  memcpy(&r, &a, sizeof(r));
+  return r;
+}
+inline F32 from_bits(I32 a) {
+  F32 r;
+  memcpy(&r, &a, sizeof(r));
+  return r;
+}
+/// Stores the low byte of each lane.
+inline void store_i8(int8_t* p, I32 a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(a.v[i]);
+}
+
+// --- 16-bit floats, exact on load, one rounding on store; any address; a stored NaN is the
+// canonical one ---
+inline float widen_f16(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
+  const uint32_t magnitude = h & 0x7fff;
+  uint32_t bits;
+  if (magnitude >= 0x7c00) {
+    bits = 0x7f800000u | ((magnitude & 0x3ff) << 13);
+    if (magnitude > 0x7c00) bits |= 0x400000u;  // quiet, as F16C and FCVT do
+  } else if (magnitude >= 0x400) {
+    bits = (magnitude << 13) + 0x38000000u;
+  } else {
+    const float tiny = static_cast<float>(magnitude) * 5.9604644775390625e-8f;  // 2^-24, exact
+    memcpy(&bits, &tiny, 4);
+  }
+  bits |= sign;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint16_t narrow_f16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  if (magnitude > 0x7f800000u) return 0x7e00;
+  if (magnitude >= 0x477ff000u)
+    return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to 65536 or more
+  if (magnitude <
+      0x38800000u) {  // below 2^-14: count in units of 2^-24, as adding 0.5 * 2^0 ... does exactly
+    float m;
+    memcpy(&m, &magnitude, 4);
+    m += 0.5f;  // the last bit of a float in [0.5, 1) is worth 2^-24
+    uint32_t units;
+    memcpy(&units, &m, 4);
+    return static_cast<uint16_t>(sign | (units - 0x3f000000u));
+  }
+  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+}
+inline float widen_bf16(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint16_t narrow_bf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+/// x with every NaN made 0x7fc00000.
+inline F32 canonical_nan(F32 x) {
+  const uint32_t nan = 0x7fc00000u;
+  for (float& lane : x.v) {
+    if (lane != lane) memcpy(&lane, &nan, sizeof(lane));
+  }
+  return x;
+}
+inline F32 load_f16(const void* p) {
+  uint16_t h[16];
+  memcpy(h, p, sizeof(h));
+  F32 r;
+  SLMOPS_LANES(r.v[i] = widen_f16(h[i]));
+}
+inline F32 load_bf16(const void* p) {
+  uint16_t h[16];
+  memcpy(h, p, sizeof(h));
+  F32 r;
+  SLMOPS_LANES(r.v[i] = widen_bf16(h[i]));
+}
+inline void store_f16(void* p, F32 x) {
+  uint16_t h[16];
+  for (int i = 0; i < kLanes; ++i) h[i] = narrow_f16(x.v[i]);
+  memcpy(p, h, sizeof(h));
+}
+inline void store_bf16(void* p, F32 x) {
+  uint16_t h[16];
+  for (int i = 0; i < kLanes; ++i) h[i] = narrow_bf16(x.v[i]);
+  memcpy(p, h, sizeof(h));
+}
+
+// --- lines and integer dots: exact ---
+inline Line load_line(const uint8_t* p) {
+  Line r;
+  memcpy(r.v, p, sizeof(r.v));
+  return r;
+}
+inline void store_line(uint8_t* p, Line x) { memcpy(p, x.v, sizeof(x.v)); }
+inline Line low_nibbles(Line x) {
+  for (uint8_t& b : x.v) b &= 15;
+  return x;
+}
+inline Line high_nibbles(Line x) {
+  for (uint8_t& b : x.v) b >>= 4;
+  return x;
+}
+/// Byte kByte of every lane.
+template <int kByte>
+inline I32 lane_byte(Line x) {
+  I32 r;
+  SLMOPS_LANES(r.v[i] = x.v[4 * i + kByte]);
+}
+inline int32_t dot_lane(const uint8_t* u, const int8_t* a) {
+  return u[0] * a[0] + u[1] * a[1] + u[2] * a[2] + u[3] * a[3];
+}
+/// Starts a sum of at most 8 dot4; dot4_end(acc, d) gives acc plus that sum, for the same acc.
+inline Dot4 dot4_begin(I32 acc) { return {acc}; }
+/// Adds sum over 4 k of u * a, u in 0..15, a: 4 codes of one row, shared by all lanes.
+inline Dot4 dot4(Dot4 d, Line u, const int8_t* a) {
+  for (int i = 0; i < kLanes; ++i) d.sum.v[i] += dot_lane(u.v + 4 * i, a);
+  return d;
+}
+inline I32 dot4_end(I32 /*acc*/, Dot4 d) { return d.sum; }
+/// A preset in -16256..16256 in the form that sub_begin takes.
+inline int32_t sub_preset(int32_t preset) { return preset; }
+/// Starts a sum of at most 4 dot4 from a preset; sub_end scales it.
+inline Dot4 sub_begin(int32_t preset) { return {splat_i32(preset)}; }
+/// Sub-scales of group j (0..3) of a block's 64-byte line, for outputs [0, 16) or, 32 bytes on,
+/// [16, 32), in the form that sub_end takes.
+inline I32 sub_scales(const uint8_t* p, int j) {
+  I32 r;
+  SLMOPS_LANES(r.v[i] = (p[2 * i + j / 2] >> (4 * (j % 2))) & 15);
+}
+/// acc + d * sub.
+inline I32 sub_end(I32 acc, Dot4 d, I32 sub) { return acc + d.sum * sub; }
+inline Bytes bytes(Line x) { return {x}; }
+/// acc + sum over 4 k of a * (u - kDot8Bias), u in 0..255.
+inline I32 dot8(I32 acc, Bytes u, const int8_t* a) {
+  const int32_t shift = kDot8Bias * (a[0] + a[1] + a[2] + a[3]);
+  for (int i = 0; i < kLanes; ++i) acc.v[i] += dot_lane(u.line.v + 4 * i, a) - shift;
+  return acc;
+}
+/// Bytes (u - 8) * sub + 128 of u in 0..15, sub from sub_scales: a sub16 line as int8.
+inline Line expand(Line u, I32 sub) {
+  for (int i = 0; i < 64; ++i) u.v[i] = static_cast<uint8_t>((u.v[i] - 8) * sub.v[i / 4] + 128);
+  return u;
+}
+
+#undef SLMOPS_LANES
+
+}  // namespace
+}  // namespace slmops::SLMOPS_ISA
