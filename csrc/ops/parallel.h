@@ -1,0 +1,39 @@
+// Work shares on torch's thread pool, each inside an FpScope.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "fp_scope.h"
+
+namespace slmops {
+
+/// How many shares to cut `items` into: at most one per thread, and none so small that waking a
+/// thread (1-3 us) costs more than it does. `cost` of an item is in multiply-adds, of which a
+/// microsecond of one core is some 2^16.
+inline int64_t share_count(int64_t items, int64_t cost) {
+  constexpr int64_t kLeastCost = int64_t{1} << 16;
+  const int64_t worth = items / std::max<int64_t>(1, kLeastCost / std::max<int64_t>(1, cost));
+  if (worth <= 1) return 1;
+  return std::min<int64_t>(worth, torch::stable::get_num_threads());
+}
+
+/// Calls body(share, begin, end) once for each of `shares` contiguous parts of [0, items). A share
+/// runs on one thread, so it may own scratch number `share`. An exception in body ends the process:
+/// check before.
+template <class Body>
+void parallel(int64_t items, int64_t shares, const Body& body) {
+  const int64_t least = items / shares, rest = items % shares;
+  const auto begin_of = [&](int64_t share) { return least * share + std::min(share, rest); };
+  const auto run = [&](int64_t first, int64_t last) noexcept {
+    const FpScope scope;
+    for (int64_t share = first; share < last; ++share) {
+      body(share, begin_of(share), begin_of(share + 1));
+    }
+  };
+  if (shares == 1) return run(0, 1);
+  torch::stable::parallel_for(0, shares, 1, run);
+}
+
+}  // namespace slmops
