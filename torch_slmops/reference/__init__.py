@@ -1,0 +1,33 @@
+"""The executable specification: every op in plain torch, bit for bit what the kernels compute.
+
+`quantize`, `unpack`, `linear` and `embedding` have the signatures of `torch_slmops.ops`; `pack`
+returns the buffer that `ops.pack_` fills. docs/arithmetic.md says in words what is computed here.
+Nothing is shared with the C++, and nothing is fast: it exists to be read and to be compared with.
+"""
+
+from torch_slmops.reference.arithmetic import (
+    canonical_nan,
+    fma32,
+    reduce16,
+    round_to,
+    to_bf16,
+    to_f16,
+)
+from torch_slmops.reference.choose import quantize
+from torch_slmops.reference.compute import embedding, linear, quantize_rows
+from torch_slmops.reference.layout import pack, unpack
+
+__all__ = [
+    "canonical_nan",
+    "embedding",
+    "fma32",
+    "linear",
+    "pack",
+    "quantize",
+    "quantize_rows",
+    "reduce16",
+    "round_to",
+    "to_bf16",
+    "to_f16",
+    "unpack",
+]
