@@ -1,0 +1,25 @@
+"""torch_slmops: quantized CPU ops for small language models in PyTorch.
+
+`optimize(model)` packs the weights of any module into int4 or int8; the same bits come out on every
+CPU. docs/ has the arithmetic and the packed format.
+"""
+
+from torch_slmops import ops
+from torch_slmops.isa import isa, isas, set_isa
+from torch_slmops.optimize import optimize
+from torch_slmops.report import report
+from torch_slmops.weights import QuantizedWeight, quantize_weight
+
+__all__ = [
+    "QuantizedWeight",
+    "__version__",
+    "isa",
+    "isas",
+    "ops",
+    "optimize",
+    "quantize_weight",
+    "report",
+    "set_isa",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,251 @@
+"""optimize: replaces the linear layers and embeddings of a model by packed ones, in place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from torch_slmops.modules import Embedding, Linear, PackedModule
+from torch_slmops.survey import Patterns, Site, check_model, find_sites, select_sites, weight_key
+from torch_slmops.weights import FLOAT_DTYPES, quantize_weight, resolve_scales
+
+__all__ = ["optimize"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_BITS = {"int4": 4, "int8": 8}
+_BAR_DELAY_S = 1.0
+_logger = logging.getLogger("torch_slmops")
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How weights are quantized and packed: arguments of `quantize_weight` and `pack`."""
+
+    bits: int
+    scale_kind: str
+    group_size: int
+    symmetric: bool
+    act_group: int | None
+    activations: str
+
+    def pack(self, weight: Tensor) -> Tensor:
+        quantized = quantize_weight(
+            weight, self.bits, self.scale_kind, self.group_size, self.symmetric
+        )
+        return quantized.pack(self.act_group, self.activations)
+
+
+def optimize(
+    model: Model,
+    *,
+    weights: Literal["int4", "int8"] = "int4",
+    scale_kind: Literal["sub16", "group"] | None = None,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    activations: Literal["int8", "float"] = "int8",
+    act_group: int | None = None,
+    lm_head: Literal["int4", "int8"] | None = "int8",
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    strict: bool = False,
+    progress: bool = True,
+) -> Model:
+    """Quantizes and packs the weights of a model in place, for inference on the CPU.
+
+    Every `nn.Linear` becomes a `torch_slmops.modules.Linear`, every `nn.Embedding` an `Embedding`.
+    Modules that share a weight share one packed buffer. What is not exactly one of the two classes,
+    or has hooks, is left alone: `torch_slmops.report(model)` shows what was done and what was left.
+    The remaining parameters are frozen (`requires_grad_(False)`). Called again, it packs what has
+    not been packed yet.
+
+    All packed weights are built before the first module is replaced: an exception leaves the model
+    as it was, and the memory used at the peak is the model, its packed weights and one layer.
+
+    Args:
+        model: Any module in eval mode with its weights on the CPU, such as a transformers model.
+        weights: The codes of the linear layers.
+        scale_kind: Of the linear layers; see `quantize_weight`.
+        group_size: Likewise.
+        symmetric: Likewise.
+        activations: "int8" rounds activations to int8 per `act_group`, "float" takes them as they
+            are (weight-only quantization; slower for many tokens).
+        act_group: Inputs that share an activation scale, 32, 64, 128 or -1 (all); by default
+            whatever suits the layer, see `QuantizedWeight.pack`.
+        lm_head: The codes of the embeddings and of the output layer (the model's
+            `get_output_embeddings()`, and each layer that shares its weight with an embedding).
+            None leaves all of them as they are. The format is the default one of its number of
+            bits; where it has the same codes as `weights`, it is that format.
+        include: Names of layers to replace (fnmatch patterns such as "model.layers.*", or a
+            function of the name); by default all.
+        exclude: Names of layers to leave.
+        strict: Raises if a layer would be left that no argument asks to leave.
+        progress: Shows a progress bar where it takes more than a second.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: `model` is no module, or a weight's dtype is not float32, bfloat16 or float16.
+        ValueError: An argument is none of the above; the model is in training mode, on a device
+            other than the CPU, quantized already; a weight is not finite; `strict` and something
+            would be left.
+    """
+    check_model(model)
+    formats = _formats(weights, scale_kind, group_size, symmetric, activations, act_group, lm_head)
+    sites = find_sites(model)
+    chosen = [site for site in select_sites(sites, include, exclude) if not site.is_packed]
+    chosen = [site for site in chosen if formats[site.is_head] is not None]
+    if strict:
+        _refuse_leftovers(chosen)
+    todo = [site for site in chosen if site.obstacle is None]
+    for site in todo:
+        _check_dtype(site)
+    with torch.no_grad():
+        replacements = _build(todo, formats, progress)
+    _swap(model, replacements, _remaining_ties(model, replacements))
+    _logger.info("optimize: packed %d of %d layers", len(replacements), len(sites))
+    return model
+
+
+def _formats(
+    weights: str,
+    scale_kind: str | None,
+    group_size: int | None,
+    symmetric: bool,
+    activations: str,
+    act_group: int | None,
+    lm_head: str | None,
+) -> dict[bool, _Format | None]:
+    """The formats of the other layers (False) and of head and embeddings (True; None: left)."""
+    if weights not in _BITS:
+        raise ValueError(f'optimize: expected weights "int4" or "int8", got {weights!r}')
+    if lm_head is not None and lm_head not in _BITS:
+        raise ValueError(f'optimize: expected lm_head "int4", "int8" or None, got {lm_head!r}')
+    if activations not in ("int8", "float"):
+        raise ValueError(f'optimize: expected activations "int8" or "float", got {activations!r}')
+    if act_group not in (None, 32, 64, 128, -1):
+        raise ValueError(f"optimize: expected act_group 32, 64, 128 or -1, got {act_group!r}")
+
+    def make(bits: int, scale_kind: str | None, group: int | None, symmetric: bool) -> _Format:
+        kind, size = resolve_scales(bits, scale_kind, group, symmetric)
+        if kind == "group" and size != -1 and size % 32 != 0:
+            raise ValueError(f"optimize: expected group_size to be a multiple of 32, got {size}")
+        return _Format(bits, kind, size, symmetric, act_group, activations)
+
+    layers = make(_BITS[weights], scale_kind, group_size, symmetric)
+    if lm_head is None:
+        return {False: layers, True: None}
+    head = layers if lm_head == weights else make(_BITS[lm_head], None, None, True)
+    return {False: layers, True: head}
+
+
+def _refuse_leftovers(chosen: list[Site]) -> None:
+    left = [f"{site.name}: {site.obstacle}" for site in chosen if site.obstacle is not None]
+    if left:
+        raise ValueError(
+            "optimize: strict=True, and these layers cannot be packed (name them in exclude, or "
+            "drop strict):\n  " + "\n  ".join(left)
+        )
+
+
+def _weight(site: Site) -> Tensor:
+    weight = site.module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def _check_dtype(site: Site) -> None:
+    dtype = _weight(site).dtype
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"optimize: expected weights of float32, bfloat16 or float16, got {dtype} in "
+            f"{site.name}; convert the model (model.to(torch.float32)) or name the layer in exclude"
+        )
+
+
+def _build(
+    todo: list[Site], formats: dict[bool, _Format | None], progress: bool
+) -> dict[nn.Module, PackedModule]:
+    """The packed modules that take the places of those of `todo`; nothing is replaced yet."""
+    groups: dict[tuple[object, ...], list[Site]] = {}
+    for site in todo:
+        groups.setdefault(weight_key(_weight(site)), []).append(site)
+    replacements: dict[nn.Module, PackedModule] = {}
+    with _bar(sum(_weight(sites[0]).numel() for sites in groups.values()), progress) as advance:
+        for sites in groups.values():
+            weight, how = _weight(sites[0]), formats[sites[0].is_head]
+            assert how is not None
+            try:
+                packed = how.pack(weight)
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(f"optimize: {sites[0].name}: {error}") from error
+            for site in sites:
+                replacements[site.module] = _replacement(site.module, packed, weight.dtype)
+            advance(weight.numel())
+    return replacements
+
+
+def _replacement(module: nn.Module, packed: Tensor, dtype: torch.dtype) -> PackedModule:
+    if isinstance(module, nn.Embedding):
+        return Embedding.from_packed(packed, module.padding_idx, dtype)
+    assert isinstance(module, nn.Linear)
+    return Linear.from_packed(packed, module._parameters["bias"], dtype)
+
+
+@contextmanager
+def _bar(total: int, progress: bool) -> Iterator[Any]:
+    """A function that advances a progress bar over `total` weights."""
+    if not progress:
+        yield lambda count: None
+        return
+    from tqdm import tqdm  # type: ignore[import-untyped]  # here, so that importing us is quick
+
+    with tqdm(
+        total=total, desc="packing weights", unit="", unit_scale=True, delay=_BAR_DELAY_S
+    ) as bar:
+        yield bar.update
+
+
+def _remaining_ties(
+    model: nn.Module, replacements: dict[nn.Module, PackedModule]
+) -> dict[nn.Module, dict[str, str]]:
+    """For transformers' models in `model`: which of their tied weights are still parameters.
+
+    Packed modules that were tied share a buffer, and nothing can untie them; but tie_weights()
+    looks for all tied weights among the parameters and raises where it finds none.
+    """
+    remaining: dict[nn.Module, dict[str, str]] = {}
+    for module in model.modules():
+        expand = getattr(module, "get_expanded_tied_weights_keys", None)
+        if expand is None:
+            continue
+        members = module.named_modules(remove_duplicate=False)
+        packed = {f"{name}.weight" for name, child in members if child in replacements}
+        ties: dict[str, str] = expand(all_submodels=False)
+        kept = {key: source for key, source in ties.items() if not {key, source} & packed}
+        if kept != ties:
+            remaining[module] = kept
+    return remaining
+
+
+def _swap(
+    model: nn.Module,
+    replacements: dict[nn.Module, PackedModule],
+    ties: dict[nn.Module, dict[str, str]],
+) -> None:
+    """Puts the replacements in place, by assignments that cannot fail, and freezes the rest."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+    for module, kept in ties.items():
+        vars(module)["_tied_weights_keys"] = kept
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)

@@ -1,0 +1,100 @@
+"""The `weight` of a packed module: a tensor that has a shape and a dtype, and values when used.
+
+Model code reads `proj.weight.dtype` or `.device` on every step; some reads values. The former costs
+nothing here; the latter dequantizes the packed weight, correct and slow, each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from torch_slmops import ops
+
+__all__ = ["WeightView", "dequantize"]
+
+
+def dequantize(packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Returns the values of a packed weight of `shape` (N, K): all rows looked up, of `dtype`."""
+    return ops.embedding(torch.arange(shape[0]), packed, shape[1], dtype)
+
+
+# Writes that reach no mutating op of the view itself: they would change a dequantized copy.
+_WRITES = (torch.Tensor.__setitem__, torch.Tensor.data.__set__)  # type: ignore[attr-defined]
+
+
+def _read_only(func: object) -> RuntimeError:
+    return RuntimeError(
+        f"{func}: a packed weight is read-only. Change the float model and optimize it again, or "
+        "assign a new tensor to the module's weight, which packs it."
+    )
+
+
+class WeightView(torch.Tensor):
+    """A packed weight [N, K] seen as a tensor of `dtype`; read-only, without a gradient.
+
+    Attributes:
+        packed: The packed weight, uint8 [bytes].
+    """
+
+    packed: Tensor
+    # torch.nn.Parameter's instance check asks for this mark. A module's `weight` has to pass it:
+    # transformers' tie_weights looks for parameters.
+    _is_param = True
+
+    @staticmethod
+    def __new__(cls, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> WeightView:
+        make: Any = torch.Tensor._make_wrapper_subclass
+        view: WeightView = make(cls, shape, dtype=dtype, device=packed.device)
+        view.packed = packed
+        return view
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return (
+            f"WeightView({tuple(self.shape)}, {self.dtype}, packed in {self.packed.numel()} bytes)"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        return WeightView, (self.packed, tuple(self.shape), self.dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightView:
+        return self  # read-only
+
+    def dequantize(self) -> Tensor:
+        """Returns the values, [N, K] of this dtype."""
+        return dequantize(self.packed, (self.shape[0], self.shape[1]), self.dtype)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in _WRITES and isinstance(args[0], WeightView):
+            raise _read_only(func)
+        # The default turns every result into this class. Being a tensor with this method at all
+        # keeps torch's fused encoder layers from taking the weight past the packed module.
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            view: WeightView = args[0]
+            return WeightView(view.packed, (view.shape[0], view.shape[1]), view.dtype)
+        if func._schema.is_mutable and args and isinstance(args[0], WeightView):
+            raise _read_only(func)
+        values = tree_map_only(WeightView, WeightView.dequantize, (args, dict(kwargs or {})))
+        return func(*values[0], **values[1])
