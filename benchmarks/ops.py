@@ -1,0 +1,231 @@
+"""Times `linear` against the limits of the machine and torch kernels, at shapes of real models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import torch_slmops
+from benchmarks.machine import Limits, probe
+from benchmarks.shapes import LINEARS, ROWS, LinearShape
+from benchmarks.timing import Timing, interleaved
+from torch_slmops import memory
+
+ROTATED_BYTES = 512 << 20
+
+Call = Callable[[Tensor, int], object]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One of our weight formats."""
+
+    name: str
+    bits: int
+    scale_kind: str
+    group_size: int
+    act_group: int
+
+
+KERNELS = (
+    Kernel("sub16 a128", 4, "sub16", 16, 128),
+    Kernel("int4 g32 a128", 4, "group", 32, 128),
+    Kernel("int8 g32 a32", 8, "group", 32, 32),
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to time on `[rows, k]` bf16 activations; `bytes` of its weight where it is ours."""
+
+    call: Call
+    most_rows: int = 512
+    bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement, as it is written to the results file."""
+
+    n: int
+    k: int
+    rows: int
+    kernel: str
+    us: float
+    best_us: float
+    calls: int
+    gops: float
+    limits: Limits
+    bytes: int | None = None
+    x_limit: float | None = None
+    of_peak: float | None = None
+    environment: dict[str, str | int] = field(default_factory=dict)
+
+
+def rotated(weight: Tensor, clone: Callable[[Tensor], Tensor] = Tensor.clone) -> list[Tensor]:
+    """Copies of a weight, 512 MB in all, so that no call finds its weight in a cache."""
+    count = max(1, ROTATED_BYTES // (weight.numel() * weight.element_size()))
+    return [weight, *(clone(weight) for _ in range(count - 1))]
+
+
+def assert_right(kernel: Kernel, quantized: Tensor, packed: Tensor) -> None:
+    """Refuses a kernel whose output leaves the bound of its activation rounding.
+
+    A code is off by at most half a step, s_a / 2, so an output is off by at most the sum over k of
+    |w| * s_a / 2, plus fp32 rounding, for which a hundredth of that is ample.
+    """
+    n, k = quantized.shape
+    x = torch.randn(3, k)
+    y = torch.ops.slmops.linear(x, packed, n).double()
+    groups = x.double().unflatten(1, (-1, kernel.act_group))
+    half_step = groups.abs().amax(2, keepdim=True) / 254
+    bound = half_step.expand_as(groups).flatten(1) @ quantized.double().abs().T
+    error = (y - x.double() @ quantized.double().T).abs()
+    if not bool((error <= 1.01 * bound).all()):
+        raise RuntimeError(f"{kernel.name}: output is wrong (error {error.max():.3g}); not timed")
+
+
+def ours(weight: Tensor) -> dict[str, Candidate]:
+    """Our kernels on copies of `weight`, each checked."""
+
+    def clone(packed: Tensor) -> Tensor:
+        return memory.empty(packed.numel()).copy_(packed)
+
+    def call(copies: list[Tensor], x: Tensor, index: int) -> object:
+        return torch.ops.slmops.linear(x, copies[index % len(copies)], weight.shape[0])
+
+    candidates = {}
+    for kernel in KERNELS:
+        quantized = torch_slmops.quantize_weight(
+            weight, kernel.bits, kernel.scale_kind, kernel.group_size
+        )
+        packed = quantized.pack(act_group=kernel.act_group)
+        assert_right(kernel, quantized.dequantize()[:1024], _first_rows(quantized, kernel))
+        run = partial(call, rotated(packed, clone))
+        candidates[kernel.name] = Candidate(run, bytes=packed.numel())
+    return candidates
+
+
+def _first_rows(quantized: torch_slmops.QuantizedWeight, kernel: Kernel) -> Tensor:
+    part = torch_slmops.QuantizedWeight.from_parts(
+        quantized.codes[:1024].contiguous(),
+        quantized.scale[:1024].contiguous(),
+        sub_scale=None if quantized.sub_scale is None else quantized.sub_scale[:1024].contiguous(),
+        bits=kernel.bits,
+        group_size=kernel.group_size,
+    )
+    return part.pack(act_group=kernel.act_group)
+
+
+def peers(weight: Tensor) -> dict[str, Candidate]:
+    """torch's own kernels on copies of a weight of that shape."""
+    n, k = weight.shape
+    dense = rotated(weight.bfloat16())
+    codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
+    int4 = rotated(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
+    scales = torch.rand(k // 128, n, 2).bfloat16()
+    int8 = rotated(torch.randint(-127, 128, (n, k), dtype=torch.int8))
+
+    def bf16(x: Tensor, index: int) -> object:
+        return torch.nn.functional.linear(x, dense[index % len(dense)])
+
+    def int4pack(x: Tensor, index: int) -> object:
+        packed = int4[index % len(int4)]
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 128, scales)
+
+    def int_mm(x: Tensor, index: int) -> object:
+        return torch._int_mm(x.to(torch.int8), int8[index % len(int8)].t())
+
+    return {
+        "torch bf16": Candidate(bf16),
+        "torch int4pack g128": Candidate(int4pack),
+        "torch _int_mm": Candidate(int_mm, most_rows=64),
+    }
+
+
+def measure(
+    shape: LinearShape, rows: int, candidates: dict[str, Candidate], buffer: Tensor, budget: float
+) -> list[Cell]:
+    """Times all candidates that are for so many rows, with the machine's limits around them."""
+    x = torch.randn(rows, shape.in_features).bfloat16()
+    fitting = {name: c for name, c in candidates.items() if rows <= c.most_rows}
+    before = probe(buffer)
+    timings = interleaved({name: partial(c.call, x) for name, c in fitting.items()}, budget=budget)
+    limits = before.best(probe(buffer))
+    return [_cell(shape, rows, name, fitting[name], t, limits) for name, t in timings.items()]
+
+
+def _cell(
+    shape: LinearShape, rows: int, name: str, candidate: Candidate, timing: Timing, limits: Limits
+) -> Cell:
+    n, k = shape.out_features, shape.in_features
+    operations = 2 * rows * n * k
+    x_limit = of_peak = None
+    if candidate.bytes is not None:
+        seconds = max(candidate.bytes / limits.bandwidth, operations / limits.int8_peak)
+        x_limit = timing.median / seconds
+        of_peak = operations / timing.median / limits.int8_peak
+    return Cell(
+        n=n,
+        k=k,
+        rows=rows,
+        kernel=name,
+        us=timing.median * 1e6,
+        best_us=timing.best * 1e6,
+        calls=len(timing.samples),
+        gops=operations / timing.median / 1e9,
+        limits=limits,
+        bytes=candidate.bytes,
+        x_limit=x_limit,
+        of_peak=of_peak,
+        environment={"isa": torch_slmops.isa(), "threads": torch.get_num_threads()},
+    )
+
+
+def table_of(shape: LinearShape, cells: list[Cell]) -> Table:
+    """The measurements of a shape; `x limit` is the time over that of the nearer machine limit."""
+    title = f"{shape.out_features} x {shape.in_features} ({shape.role}), {torch_slmops.isa()}"
+    table = Table(title=title)
+    for column in ("rows", "kernel", "us", "best us", "GB/s", "GOPS", "of peak", "x limit"):
+        table.add_column(column, justify="right")
+    for i, cell in enumerate(cells):
+        row = [str(cell.rows), cell.kernel, f"{cell.us:.0f}", f"{cell.best_us:.0f}"]
+        if cell.bytes is None or cell.x_limit is None or cell.of_peak is None:
+            row += ["", f"{cell.gops:.0f}", "", ""]
+        else:
+            row += [f"{cell.bytes / cell.us / 1e3:.1f}", f"{cell.gops:.0f}"]
+            row += [f"{cell.of_peak:.0%}", f"{cell.x_limit:.2f}"]
+        table.add_row(*row, end_section=i + 1 == len(cells) or cells[i + 1].rows != cell.rows)
+    table.caption = "; ".join(str(cell.limits) for cell in cells[:: max(1, len(cells) // 2)])
+    return table
+
+
+def run(output: Path, *, budget: float, threads: int, full: bool) -> None:
+    """Times every shape and row count; prints tables and appends JSON lines to `output`.
+
+    Args:
+        output: JSON-lines file.
+        budget: Seconds per (shape, rows) cell.
+        threads: torch threads.
+        full: Also the lm_head shape, which takes some minutes.
+    """
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    buffer = memory.empty(ROTATED_BYTES).zero_()
+    for shape in LINEARS if full else LINEARS[:3]:
+        weight = torch.randn(shape.out_features, shape.in_features) / shape.in_features**0.5
+        candidates = ours(weight) | peers(weight)
+        cells = []
+        for rows in ROWS:
+            cells += measure(shape, rows, candidates, buffer, budget)
+        with output.open("a") as lines:
+            lines.writelines(json.dumps(asdict(cell)) + "\n" for cell in cells)
+        Console(width=110).print(table_of(shape, cells))
