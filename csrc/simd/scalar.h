@@ -14,10 +14,10 @@ namespace {
 
 constexpr int kLanes = 16;
 
-/// Rows x lines of outputs that a matmul block keeps in registers (kMaxRows rows, kBlockLines x 16
-/// outputs).
+/// Rows that a matmul block has at most, and up to how many it keeps 32 outputs in registers,
+/// not 16.
 constexpr int kMaxRows = 1;  // arrays, not registers: larger blocks only take minutes to compile
-constexpr int kBlockLines = 1;
+constexpr int kWideRows = 0;
 /// dot8 computes sum a * (u - kDot8Bias): 0 where the machine takes u as unsigned, 128 where as
 /// signed.
 constexpr int32_t kDot8Bias = 128;
@@ -57,9 +57,11 @@ inline F32 splat(float x) {
   F32 r;
   SLMOPS_LANES(r.v[i] = x);
 }
+/// From any address: packed weights have no alignment.
 inline F32 load(const float* p) {
   F32 r;
-  SLMOPS_LANES(r.v[i] = p[i]);
+  memcpy(r.v, p, sizeof(r.v));
+  return r;
 }
 inline void store(float* p, F32 x) { memcpy(p, x.v, sizeof(x.v)); }
 inline F32 operator+(F32 a, F32 b) {
