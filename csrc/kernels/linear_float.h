@@ -70,18 +70,18 @@ inline void float_sub16_block(const Format& f, const uint8_t* tile, int half, co
 inline void linear_float(const LinearArgs& args, const uint8_t* tile, int64_t first_output,
                          int64_t row_begin, int64_t row_end) {
   const Format& f = *args.format;
-  for_blocks(args, tile, first_output, row_begin, row_end, [&](auto& acc, int half, int64_t row) {
-    constexpr int kRows = sizeof(acc) / sizeof(acc[0]);
-    for (int l = 0; l < kBlockLines; ++l) {
+  for_blocks(args, tile, first_output, row_begin, row_end, [&](auto rows, auto& acc, int64_t row) {
+    constexpr int kRows = decltype(rows)::value;
+    for (int half = 0; half < 2; ++half) {
       F32 column[kRows];
       for (F32& lane : column) lane = splat(0.0f);
       const float* x = args.x + row * f.k_padded;
       if (f.scale_kind == ScaleKind::sub16) {
-        float_sub16_block<kRows>(f, tile, half + l, x, column);
+        float_sub16_block<kRows>(f, tile, half, x, column);
       } else {
-        float_group_block<kRows>(f, tile, half + l, x, column);
+        float_group_block<kRows>(f, tile, half, x, column);
       }
-      for (int r = 0; r < kRows; ++r) acc[r][l] = column[r];
+      for (int r = 0; r < kRows; ++r) acc[r][half] = column[r];
     }
   });
 }

@@ -10,8 +10,7 @@ namespace {
 
 constexpr int kLanes = 16;
 constexpr int kMaxRows = 4;
-constexpr int kBlockLines =
-    1;  // 4 rows x 16 outputs: 8 int16 sums, 4 weights, 1 broadcast fill the 16 ymm
+constexpr int kWideRows = 1;  // 4 rows x 16 outputs: 8 int16 sums, 4 weights, 1 broadcast of 16 ymm
 constexpr int32_t kDot8Bias = 128;
 constexpr bool kExpandSub16 = false;  // a u8 dot takes two multiplies and a sign here, a u4 dot one
 

@@ -15,8 +15,8 @@ namespace {
 
 constexpr int kLanes = 16;
 constexpr int kMaxRows = 6;
-constexpr int kBlockLines =
-    2;  // 6 rows x 32 outputs: 12 int32 sums, 12 fp32 sums, weights, broadcast in 32 zmm
+constexpr int kWideRows =
+    6;  // 6 rows x 32 outputs: 12 int32 sums, 2 weights, 1 broadcast of 32 zmm
 constexpr int32_t kDot8Bias = 0;
 constexpr bool kExpandSub16 = true;
 
