@@ -1,0 +1,281 @@
+"""The registry of op cases: formats, weights, activations, and the arguments of every op.
+
+`test_ops.py` runs every case on every ISA row against the reference, `test_properties.py` draws
+from the same formats. A new op adds its cases here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bits import from_bits
+from torch import Tensor
+
+from torch_slmops import reference
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a packed weight can be; `zero` is "none", "int16" or "float"."""
+
+    bits: int
+    group: int  # 16 means sub16
+    act_group: int
+    zero: str = "none"
+    activations: str = "int8"
+    scale: torch.dtype = torch.float16
+
+    def __str__(self) -> str:
+        kind = "sub16" if self.sub16 else f"g{self.group}"
+        zero = "" if self.zero == "none" else f"-{self.zero}"
+        scale = "-bf16" if self.scale == torch.bfloat16 else ""
+        return f"int{self.bits}-{kind}{zero}{scale}-{self.activations}{self.act_group}"
+
+    @property
+    def sub16(self) -> bool:
+        return self.group == 16
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+
+BF16 = torch.bfloat16
+FORMATS = [
+    *(Format(4, 16, act) for act in (32, 64, 128, -1)),
+    *(Format(4, 32, act) for act in (32, 64, 128, -1)),
+    Format(4, 64, 32, "int16", scale=BF16),
+    Format(4, 128, 64, "float"),
+    Format(4, 32, 128, "float", scale=BF16),
+    Format(4, 32, 128, "int16"),
+    Format(4, -1, -1, "int16"),
+    Format(4, -1, 32),
+    *(Format(8, 32, act) for act in (32, 128, -1)),
+    Format(8, 128, 64, "int16"),
+    Format(8, 64, 128, "float"),
+    Format(8, 96, 32, "float", scale=BF16),
+    Format(8, -1, -1, "int16", scale=BF16),
+    *(Format(4, group, 128, "none", "float") for group in (16, 32)),
+    Format(4, 64, 32, "int16", "float"),
+    Format(4, 32, 64, "float", "float", BF16),
+    Format(8, 32, 32, "none", "float", BF16),
+    Format(8, -1, -1, "float", "float"),
+]
+
+
+def whole_k_only(fmt: Format, k: int) -> bool:
+    """Whether the layout holds `fmt` for K = `k`: a group of all K must fit the activations'."""
+    if fmt.group != -1 or fmt.act_group == -1:
+        return True
+    padded = -(-k // 32) * 32
+    return padded % fmt.act_group == 0 or fmt.act_group % padded == 0
+
+
+def random_parts(
+    fmt: Format, n: int, k: int, seed: int, scales: str = "normal"
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Codes over their whole range, with scales of both signs and some zeros.
+
+    `scales` is "normal", or "extreme" for those from the least to the largest of their type.
+    """
+    source = torch.Generator().manual_seed(seed)
+
+    def integers(top: int, *shape: int) -> Tensor:
+        return torch.randint(0, top + 1, shape, generator=source)
+
+    codes = integers(fmt.top, n, k).to(torch.uint8)
+    # Some rows at the ends of the range: the largest integer sums.
+    codes = torch.where(integers(3, n, 1) == 0, codes // (fmt.top // 2 + 1) * fmt.top, codes)
+    if fmt.sub16:
+        scale = torch.randn(n, generator=source) * (integers(9, n) > 0)
+        if scales == "extreme":
+            scale = from_bits(integers(0x7F7FFFFF, n), torch.float32)
+        sub = integers(15, n, -(-k // 16))
+        return codes.to(torch.uint8), scale, None, sub.to(torch.uint8)
+    groups = 1 if fmt.group == -1 else -(-k // fmt.group)
+    shape = (n, groups)
+    scale = (torch.randn(*shape, generator=source) * (integers(9, *shape) > 0)).to(fmt.scale)
+    if scales == "extreme":
+        largest = 0x7BFF if fmt.scale == torch.float16 else 0x7F7F
+        scale = from_bits(integers(largest, *shape), fmt.scale)
+    zero = None
+    if fmt.zero == "int16":
+        zero = integers(fmt.top, *shape).to(torch.int16)
+    elif fmt.zero == "float":
+        zero = (torch.rand(*shape, generator=source) * fmt.top).to(fmt.scale)
+    return codes.to(torch.uint8), scale, zero, None
+
+
+@functools.lru_cache(maxsize=256)
+def random_packed(fmt: Format, n: int, k: int, seed: int = 0, scales: str = "normal") -> Tensor:
+    """A packed weight of `random_parts`, packed by the reference."""
+    parts = random_parts(fmt, n, k, seed, scales)
+    return reference.pack(*parts, fmt.bits, fmt.group, fmt.act_group, fmt.activations)
+
+
+VALUES = ("normal", "outliers", "tiny", "denormal", "huge", "zeros", "special", "patterns")
+
+
+def random_values(kind: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """float32 activations of one of VALUES."""
+    source = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=source)
+
+    def some(fraction: float) -> Tensor:
+        return torch.rand(shape, generator=source) < fraction
+
+    if kind == "outliers":
+        return torch.where(some(0.02), x * 300, x)
+    if kind == "tiny":  # around 2^-120, where a group begins to count as zero
+        return x * 2.0**-120
+    if kind == "denormal":
+        return x * 2.0**-132
+    if kind == "huge":
+        return x * 2.0**125
+    if kind == "zeros":  # of both signs, and whole rows of them
+        rows = torch.rand((*shape[:-1], 1), generator=source) < 0.5
+        return torch.where(rows | some(0.5), torch.copysign(torch.zeros(()), x), x)
+    if kind == "special":
+        values = torch.tensor([math.nan, math.inf, -math.inf, 2.0**-149, -0.0])
+        chosen = values[torch.randint(0, len(values), shape, generator=source)]
+        rows = torch.rand((*shape[:-1], 1), generator=source) < 0.5
+        return torch.where(rows & some(0.05), chosen, x)
+    if kind == "patterns":
+        return from_bits(torch.randint(0, 1 << 32, shape, generator=source), torch.float32)
+    return x
+
+
+def assert_case_covers(names: set[str]) -> None:
+    """Asserts that there is a case for every op of `names`."""
+    missing = names - {case.op for case in CASES}
+    assert not missing, f"no case for {missing}; add one to tests/cases.py"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op: `arguments(dtype)` are those of `ops.<op>` and of `reference.<op>`."""
+
+    op: str
+    name: str
+    arguments: Callable[[torch.dtype], tuple[Any, ...]]
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+def _linear(
+    fmt: Format,
+    rows: tuple[int, ...],
+    n: int,
+    k: int,
+    *,
+    values: str = "normal",
+    bias: torch.dtype | None = None,
+    perm: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Case:
+    def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
+        x = random_values(values, (*rows, k), seed=1).to(dtype)
+        source = torch.Generator().manual_seed(2)
+        b = None if bias is None else torch.randn(n, generator=source).to(bias)
+        order = torch.randperm(k, generator=source) if perm else None
+        return x, random_packed(fmt, n, k), n, b, order, out_dtype
+
+    extra = "".join(
+        f"-{word}"
+        for word, used in ((values, values != "normal"), ("bias", bias), ("perm", perm))
+        if used
+    )
+    shape = "x".join(str(size) for size in (*rows, n, k))
+    return Case("linear", f"{fmt}-{shape}{extra}", arguments)
+
+
+def _embedding(fmt: Format, ids: tuple[int, ...], n: int, k: int, index: torch.dtype) -> Case:
+    def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
+        source = torch.Generator().manual_seed(3)
+        rows = torch.randint(0, n, ids, generator=source).to(index)
+        return rows, random_packed(fmt, n, k), k, dtype
+
+    shape = "x".join(str(size) for size in (*ids, n, k))
+    return Case("embedding", f"{fmt}-{shape}", arguments)
+
+
+def _unpack(fmt: Format, n: int, k: int) -> Case:
+    return Case("unpack", f"{fmt}-{n}x{k}", lambda dtype: (random_packed(fmt, n, k),))
+
+
+def _quantize(
+    bits: int, group: int, symmetric: bool, search: str, n: int, k: int, factor: float = 1.0
+) -> Case:
+    def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
+        source = torch.Generator().manual_seed(4)
+        w = torch.randn(n, k, generator=source) * factor
+        w[n // 2, : k // 2] = 0.0
+        importance = torch.rand(k, generator=source) if n % 2 else None
+        kind = "sub16" if group == 16 else "group"
+        return w.to(dtype), bits, kind, group, symmetric, search, importance
+
+    sign = "" if symmetric else "-zero"
+    size = "" if factor == 1 else f"-{factor:g}"
+    return Case("quantize", f"int{bits}-g{group}{sign}-{search}-{n}x{k}{size}", arguments)
+
+
+MIXED = [
+    # decode, batches around the row blocks of the kernels, prefill; N and K off every boundary
+    ((1,), 64, 256),
+    ((0,), 33, 64),
+    ((2, 3), 31, 200),
+    ((13,), 97, 128),
+    ((1, 1, 5), 1, 1),
+    ((50,), 40, 129),
+]
+CASES = [
+    *(_linear(fmt, *shape) for fmt in FORMATS for shape in MIXED if whole_k_only(fmt, shape[2])),
+    *(
+        _linear(fmt, (6,), 40, 160, values=values)
+        for fmt in FORMATS
+        if whole_k_only(fmt, 160)
+        for values in VALUES[1:]
+    ),
+    *(
+        _linear(fmt, (3,), 70, 192, bias=bias, perm=perm, out_dtype=out)
+        for fmt in (FORMATS[0], FORMATS[6], FORMATS[14], FORMATS[22])
+        for bias, perm, out in (
+            (torch.float32, False, torch.float32),
+            (torch.bfloat16, True, None),
+            (torch.float16, False, torch.bfloat16),
+            (None, True, torch.float16),
+        )
+    ),
+    *(
+        _embedding(fmt, ids, 70, 130, index)
+        for fmt in FORMATS
+        if whole_k_only(fmt, 130)
+        for ids, index in (((5,), torch.int64), ((2, 3), torch.int32))
+    ),
+    _embedding(FORMATS[0], (0,), 33, 64, torch.int64),
+    _embedding(FORMATS[0], (), 33, 64, torch.int64),
+    *(_unpack(fmt, n, k) for fmt in FORMATS for n, k in ((70, 160), (1, 1), (32, 256))),
+    *(
+        _quantize(bits, group, symmetric, search, n, k)
+        for bits, group, symmetric in (
+            (4, 16, True),
+            (4, 32, True),
+            (4, 100, False),
+            (8, 32, True),
+            (8, -1, False),
+        )
+        for search in ("absmax", "mse")
+        for n, k in ((17, 130), (32, 96), (1, 1))
+    ),
+    *(_quantize(4, 32, True, "mse", 17, 64, factor) for factor in (2.0**-20, 2.0**20, 2.0**-99)),
+    *(_quantize(4, 16, True, "mse", 17, 64, factor) for factor in (2.0**-90, 2.0**120)),
+]

@@ -1,0 +1,28 @@
+// Runs the C++ tests: `tests [full]`. A full run converts all 2^32 floats and takes ten times the
+// cases.
+#include <string>
+
+#include "testing.h"
+
+int main(int argc, char** argv) {
+  using namespace slmops::testing;
+  const bool full = argc > 1 && std::string(argv[1]) == "full";
+  const int cases = full ? 10 : 1;
+  std::printf("rows: scalar");
+  for (const auto& row : other_rows()) std::printf("; %s", row.name);
+  std::printf("\n");
+  const auto step = [](const char* name, const auto& test) {
+    std::printf("%s\n", name);
+    std::fflush(stdout);
+    test();
+  };
+  step("header", [] { test_header(); });
+  step("pack", [] { test_pack(); });
+  step("fp_scope", [] { test_fp_scope(); });
+  step("convert", [&] { test_convert(full); });
+  step("kernels", [&] { test_kernels(300 * cases); });
+  step("limits", [] { test_limits(); });
+  step("quantize_weight", [&] { test_quantize_weight(300 * cases); });
+  std::printf("passed\n");
+  return 0;
+}

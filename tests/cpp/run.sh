@@ -1,0 +1,51 @@
+#!/bin/bash
+# Builds and runs the C++ tests, without torch: `tests/cpp/run.sh` under AddressSanitizer and UndefinedBehaviorSanitizer,
+# `tests/cpp/run.sh full` also an optimized build over all 2^32 floats and ten times the cases.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+cxx=${CXX:-c++}
+jobs=${MAX_JOBS:-$(nproc)}
+# The extension's own build shows the warnings of csrc; beside sanitizers the compiler's are not reliable.
+common="-std=c++20 -g1 -w -ffp-contract=off -fno-fast-math"
+sanitizers="-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+# Checks as calls: inlined, they make g++ take minutes for a row.
+if ! "$cxx" --version | grep -q clang; then
+  sanitizers+=" --param asan-instrumentation-with-call-threshold=0"
+fi
+
+# objects: one "object flags source" a line.
+objects() {
+  local avx2="-mavx2 -mfma -mf16c" source
+  echo "row_scalar.o csrc/isa/scalar.cpp"
+  if [[ $(uname -m) == x86_64 ]]; then
+    echo "row_avx2.o $avx2 csrc/isa/avx2.cpp"
+    echo "row_avx512_vnni.o $avx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni csrc/isa/avx512_vnni.cpp"
+  fi
+  for source in csrc/isa/isa.cpp csrc/pack/*.cpp tests/cpp/*.cpp; do
+    source_name=${source%.cpp}
+    echo "${source_name//\//_}.o $source"
+  done
+}
+
+# build NAME FLAGS: the objects that are older than any source, and the program.
+build() {
+  local dir=tests/cpp/build/$1 flags=$2 object rest
+  mkdir -p "$dir"
+  objects | while read -r object rest; do
+    if [[ -f $dir/$object ]] &&
+      [[ -z $(find csrc tests/cpp -path '*/build' -prune -o -type f -newer "$dir/$object" -print -quit) ]]; then
+      continue
+    fi
+    echo "$cxx $common $flags -c -o $dir/$object $rest"
+  done | xargs -r -P "$jobs" -d '\n' -n 1 bash -c
+  # shellcheck disable=SC2086
+  $cxx $flags -o "$dir/tests" "$dir"/*.o
+}
+
+build sanitized "$sanitizers"
+tests/cpp/build/sanitized/tests
+if [[ ${1:-} == full ]]; then
+  build optimized "-O2"
+  tests/cpp/build/optimized/tests full
+fi
