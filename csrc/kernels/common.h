@@ -79,6 +79,33 @@ inline F32 load_columns(const SourceRows& src, int64_t row, int64_t k, int64_t c
   return load_as(src.type, gathered, 0);
 }
 
+/// A row of the activations, 16 columns at a time: as load_columns gives them.
+struct AnyRow {
+  const SourceRows& src;
+  int64_t row, columns;
+
+  F32 operator()(int64_t k) const { return load_columns(src, row, k, columns); }
+};
+
+/// The same where all columns asked for exist, in order.
+template <DType kType>
+struct PlainRow {
+  const void* x;
+
+  SLMOPS_INLINE F32 operator()(int64_t k) const { return load_as(kType, x, k); }
+};
+
+/// Calls body(row) with the quickest form of row `row` whose columns [0, end) are read.
+template <class Body>
+SLMOPS_INLINE void with_row(const SourceRows& src, int64_t row, int64_t columns, int64_t end,
+                            const Body& body) {
+  if (src.perm != nullptr || end > columns) return body(AnyRow{src, row, columns});
+  const uint8_t* x = static_cast<const uint8_t*>(src.x) + row * src.stride * size_of(src.type);
+  if (src.type == DType::bf16) return body(PlainRow<DType::bf16>{x});
+  if (src.type == DType::f16) return body(PlainRow<DType::f16>{x});
+  body(PlainRow<DType::f32>{x});
+}
+
 inline void convert(const void* in, DType in_type, void* out, DType out_type, int64_t count) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store_as(out_type, out, i, load_as(in_type, in, i));

@@ -47,7 +47,7 @@ struct LinearArgs {
   void* out;  // [m][n] of out_type, row stride out_stride elements
   DType out_type;
   int64_t out_stride;
-  uint8_t* scratch;  // scratch_bytes(format) of this thread, any alignment
+  uint8_t* scratch;  // scratch_bytes(format, rows of a call) of this thread, aligned to 64
 };
 
 /// One weight row-block quantization job; definitions in docs/arithmetic.md, section "Choosing
@@ -87,9 +87,20 @@ struct KernelTable {
   void (*convert)(const void* in, DType in_type, void* out, DType out_type, int64_t count);
 };
 
-/// Bytes of LinearArgs::scratch: a sub16 tile expanded to int8.
-constexpr int64_t scratch_bytes(const Format& f) {
-  return f.scale_kind == ScaleKind::sub16 ? f.k_padded * kTile : 0;
+/// k of the chunks that `linear` walks a tile in: whole activation groups and scale blocks, about
+/// 512, whose int8 lines are half of a 32 KiB first-level cache.
+constexpr int64_t chunk_length(const Format& f) {
+  constexpr int64_t kAbout = 512;
+  const int64_t block = scale_block(f) > f.act_group ? scale_block(f) : f.act_group;
+  return block >= kAbout ? block : kAbout / block * block;
+}
+/// Bytes of LinearArgs::scratch for blocks of `rows` rows: their sums, and a chunk of sub16 lines
+/// expanded to int8.
+constexpr int64_t scratch_bytes(const Format& f, int64_t rows) {
+  const int64_t sums = rows * kTile * int64_t{sizeof(float)};
+  if (f.scale_kind != ScaleKind::sub16) return sums;
+  const int64_t length = chunk_length(f);
+  return sums + (length < f.k_padded ? length : f.k_padded) * kTile;
 }
 /// Floats of QuantizeArgs::scratch: 16 transposed weight rows, once more normalised, and their
 /// groups' scales.

@@ -1,6 +1,6 @@
 // One ISA row: all kernels over the SIMD header that the including file chose, and their table.
 #include "embedding.h"
-#include "linear_float.h"
+#include "linear.h"
 #include "quantize_rows.h"
 #include "quantize_weight.h"
 

@@ -17,66 +17,88 @@ inline int32_t preset_factor(const Format& f) {
   return f.bits == 4 ? -8 : kDot8Bias - 128;
 }
 
-/// Codes of [k, k + unit) of a row into out; returns their sum.
-inline int32_t quantize_unit(const SourceRows& src, int64_t row, int64_t k, int64_t unit,
-                             int64_t columns, float inverse, int8_t* out) {
-  const F32 r = splat(inverse), low = splat(-127.0f), high = splat(127.0f);
+/// Bits of the largest |x| of [begin, end).
+template <class Row>
+SLMOPS_INLINE int32_t largest_bits(const Row& row, int64_t begin, int64_t end) {
+  I32 magnitude = splat_i32(0);
+  for (int64_t k = begin; k < end; k += kLanes) {
+    magnitude = max(magnitude, bits_of(row(k)) & splat_i32(0x7fffffff));
+  }
+  return reduce_max(magnitude);
+}
+
+/// Codes of [begin, end) into out; returns their sum.
+template <class Row>
+SLMOPS_INLINE int32_t round_columns(const Row& row, int64_t begin, int64_t end, F32 r,
+                                    int8_t* out) {
+  const F32 low = splat(-127.0f), high = splat(127.0f);
   I32 sum = splat_i32(0);
-  for (int64_t i = k; i < k + unit; i += kLanes) {
-    const I32 code = round(min(max(load_columns(src, row, i, columns) * r, low), high));
-    store_i8(out + i, code);
+  for (int64_t k = begin; k < end; k += kLanes) {
+    const I32 code = round(min(max(row(k) * r, low), high));
+    store_i8(out + k, code);
     sum = sum + code;
   }
   return reduce_add(sum);
 }
 
-inline void quantize_row(const Format& f, const SourceRows& src, int64_t row, int8_t* codes,
-                         float* scale, int32_t* presets) {
-  const int64_t unit = preset_unit(f), groups = f.k_padded / f.act_group;
+/// Presets of a sub16 row: of its units, then of its activation groups.
+inline void sub16_presets(const Format& f, const int8_t* codes, int32_t* presets) {
   const int32_t factor = preset_factor(f);
-  int32_t* group_presets = presets + f.k_padded / unit;
-  for (int64_t a = 0; a < groups; ++a) {
-    const int64_t begin = a * f.act_group, end = begin + f.act_group;
-    I32 magnitude = splat_i32(0);
-    for (int64_t k = begin; k < end; k += kLanes) {
-      magnitude = max(magnitude, bits_of(load_columns(src, row, k, f.k)) & splat_i32(0x7fffffff));
+  int32_t* of_groups = presets + f.k_padded / kSubGroup;
+  for (int64_t k = 0; k < f.k_padded; k += kSubBlock)
+    sums_of_16(codes + k, presets + k / kSubGroup);
+  const int64_t units = f.act_group / kSubGroup;
+  for (int64_t a = 0; a < f.k_padded / f.act_group; ++a) {
+    int32_t sum = 0;
+    for (int64_t i = a * units; i < (a + 1) * units; ++i) {
+      sum += presets[i];
+      presets[i] = sub_preset(factor * presets[i]);
     }
-    const int32_t amax_bits = reduce_max(magnitude);
+    of_groups[a] = (kDot8Bias - 128) * sum;
+  }
+}
+
+template <class Row>
+SLMOPS_INLINE void quantize_row(const Format& f, const Row& row, int8_t* codes, float* scale,
+                                int32_t* presets) {
+  const bool sub16 = f.scale_kind == ScaleKind::sub16;
+  const int64_t unit = sub16 ? f.act_group : preset_unit(f);
+  const int32_t factor = preset_factor(f);
+  int32_t* preset = presets;
+  for (int64_t begin = 0; begin < f.k_padded; begin += f.act_group, ++scale) {
+    const int64_t end = begin + f.act_group;
+    const int32_t amax_bits = largest_bits(row, begin, end);
     float amax;
     memcpy(&amax, &amax_bits, sizeof(amax));
     const bool zero = amax_bits < kTinyBits || amax_bits >= kInfinityBits;
-    scale[a] = amax_bits >= kInfinityBits ? __builtin_nanf("") : zero ? 0.0f : amax / 127.0f;
-    int32_t group_sum = 0;
+    *scale = amax_bits >= kInfinityBits ? __builtin_nanf("") : zero ? 0.0f : amax / 127.0f;
+    if (zero) memset(codes + begin, 0, static_cast<size_t>(f.act_group));
+    const F32 r = splat(127.0f / amax);
     for (int64_t k = begin; k < end; k += unit) {
-      int32_t sum = 0;
-      if (zero) {
-        memset(codes + k, 0, static_cast<size_t>(unit));
-      } else {
-        sum = quantize_unit(src, row, k, unit, f.k, 127.0f / amax, codes);
-      }
-      presets[k / unit] =
-          f.scale_kind == ScaleKind::sub16 ? sub_preset(factor * sum) : factor * sum;
-      group_sum += sum;
+      const int32_t sum = zero ? 0 : round_columns(row, k, k + unit, r, codes);
+      if (!sub16) *preset++ = factor * sum;
     }
-    if (f.scale_kind == ScaleKind::sub16) group_presets[a] = (kDot8Bias - 128) * group_sum;
   }
+  if (sub16) sub16_presets(f, codes, presets);
 }
 
 inline void quantize_rows(const Format& f, const SourceRows& src, const QuantizedRows& out,
                           int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    quantize_row(f, src, row, out.codes + row * f.k_padded,
-                 out.scale + row * (f.k_padded / f.act_group),
-                 out.presets + row * presets_per_row(f));
+  const int64_t groups = f.k_padded / f.act_group, presets = presets_per_row(f);
+  for (int64_t i = begin; i < end; ++i) {
+    with_row(src, i, f.k, f.k_padded, [&](const auto& row) {
+      quantize_row(f, row, out.codes + i * f.k_padded, out.scale + i * groups,
+                   out.presets + i * presets);
+    });
   }
 }
 
 inline void widen_rows(const Format& f, const SourceRows& src, float* out, int64_t begin,
                        int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    for (int64_t k = 0; k < f.k_padded; k += kLanes) {
-      store(out + row * f.k_padded + k, load_columns(src, row, k, f.k));
-    }
+  for (int64_t i = begin; i < end; ++i) {
+    with_row(src, i, f.k, f.k_padded, [&](const auto& row) {
+      for (int64_t k = 0; k < f.k_padded; k += kLanes) store(out + i * f.k_padded + k, row(k));
+    });
   }
 }
 

@@ -19,10 +19,9 @@ namespace {
 
 constexpr char kOp[] = "linear";
 constexpr int64_t kSlabBytes = 16 << 20;  // activations of a slab: bounds scratch for long prompts
-constexpr int64_t kBlockBytes =
-    512 << 10;                      // activations of a row block: half a 1 MiB second-level cache
-constexpr int64_t kBlockRows = 12;  // row blocks are multiples, as 4 and 6 rows fill the registers
-constexpr int64_t kLeastBlockRows = 48;  // fewer would unpack a tile's weights for too little work
+constexpr int64_t kMostBlockRows = 256;   // a block's chunk of activations is in the L2 cache
+constexpr int64_t kLeastBlockRows = 48;   // fewer would unpack a tile's weights for too little work
+constexpr int64_t kPassRows = 4;          // row blocks are multiples of what fills the registers
 
 /// Everything a call works with, checked.
 struct Problem {
@@ -106,17 +105,16 @@ int64_t activation_bytes(const Format& f, int64_t rows) {
          aligned_bytes(rows * presets_per_row(f) * int64_t{sizeof(int32_t)});
 }
 
-/// Rows of a block: few enough to stay in a core's cache, and blocks enough for all threads.
+/// Rows of a block: few enough for a core's cache, and blocks enough for all threads.
 int64_t block_rows(const Format& f, int64_t rows) {
   if (rows <= kLeastBlockRows) return rows;
-  const int64_t fitting = std::max(kLeastBlockRows, kBlockBytes / row_bytes(f));
   // Four items per thread keep the uneven end of their shares short.
   const int64_t wanted_items = 4 * int64_t{torch::stable::get_num_threads()};
-  int64_t blocks = (rows + fitting - 1) / fitting;
+  int64_t blocks = (rows + kMostBlockRows - 1) / kMostBlockRows;
   blocks =
       std::max(blocks, std::min((wanted_items + f.tiles - 1) / f.tiles, rows / kLeastBlockRows));
   const int64_t even = (rows + blocks - 1) / blocks;
-  return (even + kBlockRows - 1) / kBlockRows * kBlockRows;
+  return (even + kPassRows - 1) / kPassRows * kPassRows;
 }
 
 void run_slab(const Problem& p, const KernelTable& kernels, int64_t row, int64_t rows) {
@@ -124,7 +122,7 @@ void run_slab(const Problem& p, const KernelTable& kernels, int64_t row, int64_t
   const int64_t block = block_rows(f, rows);
   const int64_t items = f.tiles * ((rows + block - 1) / block);
   const int64_t shares = share_count(items, std::min(block, rows) * f.k_padded * kTile);
-  const int64_t share_bytes = aligned_bytes(scratch_bytes(f));
+  const int64_t share_bytes = aligned_bytes(scratch_bytes(f, std::min(block, rows)));
   Scratch scratch(activation_bytes(f, rows) + shares * share_bytes);
   LinearArgs args = {.format = &f,
                      .packed = p.packed,
@@ -201,7 +199,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features,
 
   const KernelTable& table = kernels();
   const int64_t slab =
-      std::max<int64_t>(kBlockRows, kSlabBytes / row_bytes(f) / kBlockRows * kBlockRows);
+      std::max<int64_t>(kPassRows, kSlabBytes / row_bytes(f) / kPassRows * kPassRows);
   for (int64_t row = 0; row < p.m; row += slab) {
     run_slab(p, table, row, std::min(slab, p.m - row));
   }

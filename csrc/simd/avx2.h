@@ -11,8 +11,11 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kMaxRows = 4;
 constexpr int kWideRows = 1;  // 4 rows x 16 outputs: 8 int16 sums, 4 weights, 1 broadcast of 16 ymm
+constexpr int kStreamRows = 1;  // with more, each half of a tile is a pass of its own
 constexpr int32_t kDot8Bias = 128;
-constexpr bool kExpandSub16 = false;  // a u8 dot takes two multiplies and a sign here, a u4 dot one
+constexpr int kExpandRows = 0;  // a u8 dot takes two multiplies and a sign here, a u4 dot one
+
+inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
 struct F32 {
   __m256 a, b;
@@ -209,12 +212,23 @@ inline I32 dot8(I32 acc, Bytes u, const int8_t* a) {
   return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(p, ones)),
           _mm256_add_epi32(acc.b, _mm256_madd_epi16(q, ones))};
 }
+/// The sums of 16 codes in each half, in all its lanes.
+inline __m256i sums_of_16(const int8_t* codes) {
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), load_ymm(codes));
+  const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  const __m256i eights = _mm256_add_epi32(fours, _mm256_shuffle_epi32(fours, 0xb1));
+  return _mm256_add_epi32(eights, _mm256_shuffle_epi32(eights, 0x4e));
+}
+inline void sums_of_16(const int8_t* codes, int32_t* out) {
+  const __m256i a = sums_of_16(codes), b = sums_of_16(codes + 32);
+  const __m256i both = _mm256_unpacklo_epi32(a, b);  // a's and b's first sums, then their second
+  const __m256i sums = _mm256_permutevar8x32_epi32(both, _mm256_setr_epi32(0, 4, 1, 5, 0, 0, 0, 0));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(sums));
+}
 inline __m256i expand(__m256i u, __m256i sub) {
-  const __m256i low = _mm256_set1_epi16(255);
-  const __m256i bias = _mm256_sub_epi16(_mm256_set1_epi16(128), _mm256_slli_epi16(sub, 3));
-  const __m256i even = _mm256_add_epi16(_mm256_mullo_epi16(_mm256_and_si256(u, low), sub), bias);
-  const __m256i odd = _mm256_add_epi16(_mm256_mullo_epi16(_mm256_srli_epi16(u, 8), sub), bias);
-  return _mm256_or_si256(_mm256_and_si256(even, low), _mm256_slli_epi16(odd, 8));
+  const __m256i eight = _mm256_or_si256(_mm256_slli_epi16(sub, 3), _mm256_slli_epi16(sub, 11));
+  const __m256i shift = _mm256_sub_epi8(_mm256_set1_epi8(-128), eight);
+  return _mm256_add_epi8(_mm256_mullo_epi16(u, sub), shift);
 }
 inline Line expand(Line u, I32 sub) { return {expand(u.a, sub.a), expand(u.b, sub.b)}; }
 

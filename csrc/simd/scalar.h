@@ -18,11 +18,17 @@ constexpr int kLanes = 16;
 /// not 16.
 constexpr int kMaxRows = 1;  // arrays, not registers: larger blocks only take minutes to compile
 constexpr int kWideRows = 0;
+/// Rows up to which `group` tiles are not walked in chunks: the weights come from memory, best in
+/// one stream.
+constexpr int kStreamRows = 0;
 /// dot8 computes sum a * (u - kDot8Bias): 0 where the machine takes u as unsigned, 128 where as
 /// signed.
 constexpr int32_t kDot8Bias = 128;
-/// Whether large batches expand a sub16 tile to int8 once (a u8 dot costs no more than a u4 dot).
-constexpr bool kExpandSub16 = false;
+/// Rows from which sub16 lines are expanded to int8 once for all of them; 0: never (a u8 dot costs
+/// more than a u4 dot).
+constexpr int kExpandRows = 0;
+/// Asks for the cache line at p, to be read soon.
+inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
 struct F32 {
   float v[16];
@@ -321,6 +327,13 @@ inline I32 dot8(I32 acc, Bytes u, const int8_t* a) {
   const int32_t shift = kDot8Bias * (a[0] + a[1] + a[2] + a[3]);
   for (int i = 0; i < kLanes; ++i) acc.v[i] += dot_lane(u.line.v + 4 * i, a) - shift;
   return acc;
+}
+/// out[i] = the sum of codes 16i..16i+15, of 64.
+inline void sums_of_16(const int8_t* codes, int32_t* out) {
+  for (int i = 0; i < 4; ++i) {
+    out[i] = 0;
+    for (int j = 0; j < 16; ++j) out[i] += codes[16 * i + j];
+  }
 }
 /// Bytes (u - 8) * sub + 128 of u in 0..15, sub from sub_scales: a sub16 line as int8.
 inline Line expand(Line u, I32 sub) {

@@ -48,6 +48,7 @@ struct __m512 {
 using __mmask16 = uint16_t;
 
 enum { _CMP_LT_OQ = 17, _CMP_UNORD_Q = 3, _MM_FROUND_TO_NEAREST_INT = 0 };
+enum { _MM_PERM_CDAB = 0xb1, _MM_PERM_BADC = 0x4e };
 
 namespace avx512_emulation {
 
@@ -214,6 +215,37 @@ inline __m512i _mm512_slli_epi16(__m512i a, unsigned n) {
 }
 inline __m512i _mm512_srli_epi16(__m512i a, unsigned n) {
   return avx512_emulation::map<uint16_t>(a, [n](unsigned x) { return n > 15 ? 0 : x >> n; });
+}
+inline __m512i _mm512_add_epi8(__m512i a, __m512i b) {
+  return avx512_emulation::map<uint8_t>(a, b, [](unsigned x, unsigned y) { return x + y; });
+}
+inline __m512i _mm512_sub_epi8(__m512i a, __m512i b) {
+  return avx512_emulation::map<uint8_t>(a, b, [](unsigned x, unsigned y) { return x - y; });
+}
+inline __m512i _mm512_setzero_si512() { return avx512_emulation::splat<uint64_t>(0); }
+inline __m512i _mm512_setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h, int i,
+                                 int j, int k, int l, int m, int n, int o, int p) {
+  return avx512_emulation::bits(
+      avx512_emulation::Lanes<int32_t, 16>{{a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p}});
+}
+/// Lane i of each four is their lane `order` bits 2i, 2i + 1.
+inline __m512i _mm512_shuffle_epi32(__m512i a, int order) {
+  const auto x = avx512_emulation::lanes<uint32_t>(a);
+  auto r = x;
+  for (int i = 0; i < 16; ++i) r[i] = x[i / 4 * 4 + ((order >> (i % 4 * 2)) & 3)];
+  return avx512_emulation::bits(r);
+}
+inline __m512i _mm512_permutexvar_epi32(__m512i index, __m512i a) {
+  const auto at = avx512_emulation::lanes<uint32_t>(index);
+  const auto x = avx512_emulation::lanes<uint32_t>(a);
+  auto r = x;
+  for (int i = 0; i < 16; ++i) r[i] = x[static_cast<int>(at[i] % 16)];
+  return avx512_emulation::bits(r);
+}
+inline __m128i _mm512_castsi512_si128(__m512i a) {
+  __m128i r;
+  std::memcpy(&r, &a, sizeof(r));
+  return r;
 }
 inline int _mm512_reduce_max_epi32(__m512i a) {
   const auto x = avx512_emulation::lanes<int32_t>(a);

@@ -79,6 +79,7 @@ void test_kernels_under_flush(const KernelTable& kernels, const char* name) {
   Packed packed(f, random);
   Block<float> x(f.k), y(f.n), y_flushed(f.n);
   for (int64_t k = 0; k < f.k; ++k) x[k] = random.unit() * 0x1p-128f;
+  Block<uint8_t> scratch(scratch_bytes(f, 1));
   LinearArgs args = {.format = &f,
                      .packed = packed.data.data(),
                      .rows = {},
@@ -88,7 +89,7 @@ void test_kernels_under_flush(const KernelTable& kernels, const char* name) {
                      .out = y.data(),
                      .out_type = DType::f32,
                      .out_stride = f.n,
-                     .scratch = nullptr};
+                     .scratch = scratch.data()};
   kernels.linear(args, 0, 0, 1);
   args.out = y_flushed.data();
   set_state(kFlush);

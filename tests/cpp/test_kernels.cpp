@@ -68,7 +68,7 @@ void run(const KernelTable& kernels, Packed& packed, const Inputs& in, int64_t b
   const QuantizedRows rows = {out->codes.data(), out->scale.data(), out->presets.data()};
   kernels.widen_rows(f, in.source(), out->widened.data(), 0, in.m);
   for (int64_t i = in.m; i-- > 0;) kernels.quantize_rows(f, in.source(), rows, i, i + 1);
-  Block<uint8_t> scratch(scratch_bytes(f), 3);
+  Block<uint8_t> scratch(scratch_bytes(f, std::min(block, in.m)));
   const LinearArgs args = {.format = &f,
                            .packed = packed.data.data(),
                            .rows = rows,
@@ -159,7 +159,7 @@ void test_limit(Format f, int code, int sub, int zero, double expected_sum) {
   for (const IsaRow& row : all) {
     Outputs got(in);
     Block<float> y(kRows * f.n);
-    Block<uint8_t> scratch(scratch_bytes(f));
+    Block<uint8_t> scratch(scratch_bytes(f, kRows));
     const QuantizedRows rows = {got.codes.data(), got.scale.data(), got.presets.data()};
     row.kernels->quantize_rows(f, source, rows, 0, kRows);
     const LinearArgs args = {.format = &f,

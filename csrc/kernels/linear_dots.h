@@ -1,0 +1,115 @@
+// Integer dots of a pass: kRows rows of codes with kLines * 16 outputs of a tile, exact in int32.
+//
+// Each function adds a few lines of k; lanes are outputs. The sums are exact, so any row may form
+// them as it likes.
+#pragma once
+#include "common.h"
+
+namespace slmops::SLMOPS_ISA {
+namespace {
+
+/// How far ahead of its reads a pass of several rows asks for int4 lines: it takes so long over
+/// each that the hardware's own prefetching lags behind (Zen 4, 4 rows: 16 % of the time).
+constexpr int64_t kPrefetchBytes = 2048;
+constexpr int kPrefetchRows = 3;  // with fewer rows a request costs more than it brings
+
+template <int kRows>
+SLMOPS_INLINE void prefetch_ahead(const uint8_t* line) {
+  if constexpr (kRows >= kPrefetchRows) prefetch(line + kPrefetchBytes);
+}
+
+/// What a unit's integer sums start from, so that they end as sum of code * (u - z), or code * u
+/// for a float z.
+template <int kBits, ZeroKind kZero>
+SLMOPS_INLINE I32 start_sums(int32_t preset, const uint8_t* zero_points) {
+  constexpr int32_t kBias = kBits == 8 ? kDot8Bias : 0;
+  if constexpr (kZero == ZeroKind::none) return splat_i32(preset);
+  if constexpr (kZero == ZeroKind::int16) {
+    return (load_i16(zero_points) + splat_i32(-kBias)) * splat_i32(preset);
+  }
+  return splat_i32(kBias * preset);
+}
+
+/// Adds 32 k of int4 lines to the sums.
+template <int kRows, int kLines>
+SLMOPS_INLINE void add_int4(const uint8_t* lines, const int8_t* codes, int64_t stride,
+                            I32 (&sum)[kRows][kLines]) {
+  Dot4 dot[kRows][kLines];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int l = 0; l < kLines; ++l) dot[r][l] = dot4_begin(sum[r][l]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    Line low[kLines], high[kLines];
+#pragma GCC unroll 2
+    for (int l = 0; l < kLines; ++l) {
+      const uint8_t* line = lines + j * 2 * kLineBytes + l * kLineBytes;
+      prefetch_ahead<kRows>(line);
+      const Line both = load_line(line);
+      low[l] = low_nibbles(both);
+      high[l] = high_nibbles(both);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l) {
+        dot[r][l] = dot4(dot[r][l], low[l], codes + r * stride + 8 * j);
+        dot[r][l] = dot4(dot[r][l], high[l], codes + r * stride + 8 * j + 4);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int l = 0; l < kLines; ++l) sum[r][l] = dot4_end(sum[r][l], dot[r][l]);
+  }
+}
+
+/// Adds 16 k of int8 lines to the sums.
+template <int kRows, int kLines>
+SLMOPS_INLINE void add_int8(const uint8_t* lines, const int8_t* codes, int64_t stride,
+                            I32 (&sum)[kRows][kLines]) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    Bytes u[kLines];
+#pragma GCC unroll 2
+    for (int l = 0; l < kLines; ++l)
+      u[l] = bytes(load_line(lines + j * 2 * kLineBytes + l * kLineBytes));
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l)
+        sum[r][l] = dot8(sum[r][l], u[l], codes + r * stride + 4 * j);
+    }
+  }
+}
+
+/// Adds 16 k of sub16 lines, scaled by group j's sub-scales, to the sums.
+template <int kRows, int kLines>
+SLMOPS_INLINE void add_sub16(const uint8_t* block, int j, int half, const int8_t* codes,
+                             int64_t stride, const int32_t* presets, int64_t preset_stride,
+                             I32 (&sum)[kRows][kLines]) {
+  // A line at a time: four of them unpacked are half of the registers of AVX2.
+#pragma GCC unroll 2
+  for (int l = 0; l < kLines; ++l) {
+    const uint8_t* lines = block + j * 4 * kLineBytes + (half + l) * kLineBytes;
+    prefetch_ahead<kRows>(lines);
+    prefetch_ahead<kRows>(lines + 2 * kLineBytes);
+    const Line first = load_line(lines), second = load_line(lines + 2 * kLineBytes);
+    const Line u[4] = {low_nibbles(first), high_nibbles(first), low_nibbles(second),
+                       high_nibbles(second)};
+    const I32 sub = sub_scales(block + 16 * kLineBytes + (half + l) * 32, j);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      Dot4 dot = sub_begin(presets[r * preset_stride]);
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) dot = dot4(dot, u[q], codes + r * stride + 4 * q);
+      sum[r][l] = sub_end(sum[r][l], dot, sub);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace slmops::SLMOPS_ISA

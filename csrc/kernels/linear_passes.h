@@ -1,0 +1,205 @@
+// Passes of linear, activations="int8": kRows rows over a chunk of a tile, for each weight format.
+//
+// acc[r][l] are the fp32 sums of row r and output lane of half + l; k ascends, in the order of
+// docs/arithmetic.md.
+#pragma once
+#include "linear_dots.h"
+
+namespace slmops::SLMOPS_ISA {
+namespace {
+
+/// Part of a tile: whole activation groups and scale blocks of k, and the tile's bytes for them.
+struct Chunk {
+  const uint8_t* lines;
+  int64_t count;  // of k
+};
+
+/// Rows of a pass, each pointer at its first row and the chunk's first k.
+struct PassRows {
+  const int8_t* codes;
+  int64_t code_stride;
+  const float* scale;
+  int64_t scale_stride;
+  const int32_t* presets;
+  int64_t preset_stride, presets_per_act;
+};
+
+/// acc = fma(term, scale of the row, acc).
+template <int kRows, int kLines>
+SLMOPS_INLINE void add_scaled(const F32 (&term)[kRows][kLines], const float* scale, int64_t stride,
+                              F32 (&acc)[kRows][kLines]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const F32 s = splat(scale[r * stride]);
+#pragma GCC unroll 2
+    for (int l = 0; l < kLines; ++l) acc[r][l] = fma(term[r][l], s, acc[r][l]);
+  }
+}
+
+template <int kRows, int kLines>
+SLMOPS_INLINE void add_scaled(const I32 (&sum)[kRows][kLines], const float* scale, int64_t stride,
+                              F32 (&acc)[kRows][kLines]) {
+  F32 term[kRows][kLines];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int l = 0; l < kLines; ++l) term[r][l] = to_f32(sum[r][l]);
+  }
+  add_scaled<kRows, kLines>(term, scale, stride, acc);
+}
+
+/// Where in the weight groups of a tile a pass is.
+struct GroupWalk {
+  const uint8_t* group;
+  int64_t in_group;  // k of the group behind it
+};
+
+/// t of an activation group, which the walk is moved past: t = 0; for its units t = fma(I, s, t).
+/// Codes and presets are those of its first k.
+template <int kBits, ZeroKind kZero, int kRows, int kLines>
+SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, const int8_t* codes,
+                               const int32_t* presets, const PassRows& rows,
+                               F32 (&t)[kRows][kLines]) {
+  constexpr int64_t kLineK = kBits == 4 ? 8 : 4;
+  const int64_t unit = preset_unit(f);
+  const int64_t scale_offset = f.group / kLineK * 2 * kLineBytes + half * 32;
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int l = 0; l < kLines; ++l) t[r][l] = splat(0.0f);
+  }
+  for (int64_t done = 0; done < f.act_group; done += unit, ++presets) {
+    const uint8_t* scales = walk->group + scale_offset;
+    const uint8_t* lines =
+        walk->group + walk->in_group / kLineK * 2 * kLineBytes + half * kLineBytes;
+    I32 sum[kRows][kLines];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l) {
+        sum[r][l] =
+            start_sums<kBits, kZero>(presets[r * rows.preset_stride], scales + kLineBytes + l * 32);
+      }
+    }
+    for (const int8_t* end = codes + unit; codes < end; lines += 8 * kLineBytes) {
+      if constexpr (kBits == 4) {
+        add_int4<kRows, kLines>(lines, codes, rows.code_stride, sum);
+        codes += 32;
+      } else {
+        add_int8<kRows, kLines>(lines, codes, rows.code_stride, sum);
+        codes += 16;
+      }
+    }
+#pragma GCC unroll 2
+    for (int l = 0; l < kLines; ++l) {
+      const F32 s = load_scale(f.scale_type, scales + l * 32);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) t[r][l] = fma(to_f32(sum[r][l]), s, t[r][l]);
+      if constexpr (kZero == ZeroKind::floating) {
+        const F32 shift = s * load_scale(f.scale_type, scales + kLineBytes + l * 32);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const float code_sum = static_cast<float>(presets[r * rows.preset_stride]);
+          t[r][l] = fnma(splat(code_sum), shift, t[r][l]);
+        }
+      }
+    }
+    walk->in_group += unit;
+    if (walk->in_group == f.group) {
+      walk->in_group = 0;
+      walk->group += f.group_bytes;
+    }
+  }
+}
+
+/// `group` lines: for activation groups a, acc = fma(t, s_a, acc).
+template <int kBits, ZeroKind kZero, int kRows, int kLines>
+SLMOPS_INLINE void group_pass(const Format& f, const Chunk& chunk, int half, const PassRows& rows,
+                              F32 (&acc)[kRows][kLines]) {
+  GroupWalk walk = {chunk.lines, 0};
+  const int8_t* codes = rows.codes;
+  const int32_t* presets = rows.presets;
+  const float* scale = rows.scale;
+  for (const int8_t* end = codes + chunk.count; codes < end; codes += f.act_group) {
+    F32 t[kRows][kLines];
+    group_terms<kBits, kZero, kRows, kLines>(f, &walk, half, codes, presets, rows, t);
+    presets += rows.presets_per_act;
+    add_scaled<kRows, kLines>(t, scale++, rows.scale_stride, acc);
+  }
+}
+
+/// sub16 lines, before the outputs' own scales: acc = fma(I, s_a, acc). An activation group is
+/// whole 64-k blocks or, where it is 32 long, half a one.
+template <bool kWholeBlocks, int kRows, int kLines>
+SLMOPS_INLINE void sub16_pass(const Format& f, const Chunk& chunk, int half, const PassRows& rows,
+                              F32 (&acc)[kRows][kLines]) {
+  constexpr int kGroups = kWholeBlocks ? 4 : 2;
+  const int8_t* codes = rows.codes;
+  const int32_t* presets = rows.presets;
+  const uint8_t* block = chunk.lines;
+  const float* scale = rows.scale;
+  int first = 0;  // group of the block
+  for (const int8_t* last = codes + chunk.count; codes < last;) {
+    I32 sum[kRows][kLines];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l) sum[r][l] = splat_i32(0);
+    }
+    for (const int8_t* end = codes + f.act_group; codes < end; codes += kGroups * kSubGroup) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kGroups; ++j) {
+        add_sub16<kRows, kLines>(block, first + j, half, codes + j * kSubGroup, rows.code_stride,
+                                 presets + j, rows.preset_stride, sum);
+      }
+      presets += kGroups;
+      first = (first + kGroups) % 4;
+      if (first == 0) block += kSubBlockBytes;
+    }
+    add_scaled<kRows, kLines>(sum, scale++, rows.scale_stride, acc);
+  }
+}
+
+/// The same from lines that expand_chunk made; presets are those per activation group.
+template <int kRows, int kLines>
+SLMOPS_INLINE void expanded_pass(const Format& f, const Chunk& chunk, int half,
+                                 const PassRows& rows, F32 (&acc)[kRows][kLines]) {
+  const uint8_t* lines = chunk.lines + half * kLineBytes;
+  const int8_t* codes = rows.codes;
+  const int32_t* presets = rows.presets;
+  const float* scale = rows.scale;
+  for (const int8_t* last = codes + chunk.count; codes < last; ++presets) {
+    I32 sum[kRows][kLines];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l) {
+        sum[r][l] = splat_i32(presets[r * rows.preset_stride]);
+      }
+    }
+    for (const int8_t* end = codes + f.act_group; codes < end; codes += 16) {
+      add_int8<kRows, kLines>(lines, codes, rows.code_stride, sum);
+      lines += 8 * kLineBytes;
+    }
+    add_scaled<kRows, kLines>(sum, scale++, rows.scale_stride, acc);
+  }
+}
+
+/// sub16 lines as int8 lines of u = v + 128.
+inline void expand_chunk(const Chunk& chunk, uint8_t* out) {
+  const uint8_t* block = chunk.lines;
+  for (int64_t k = 0; k < chunk.count; k += kSubBlock, block += kSubBlockBytes) {
+    for (int j = 0; j < 8; ++j, out += 4 * kLineBytes) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const I32 sub = sub_scales(block + 16 * kLineBytes + half * 32, j / 2);
+        const Line line = load_line(block + (2 * j + half) * kLineBytes);
+        store_line(out + half * kLineBytes, expand(low_nibbles(line), sub));
+        store_line(out + (2 + half) * kLineBytes, expand(high_nibbles(line), sub));
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace slmops::SLMOPS_ISA
