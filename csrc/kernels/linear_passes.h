@@ -189,13 +189,18 @@ SLMOPS_INLINE void expanded_pass(const Format& f, const Chunk& chunk, int half,
 inline void expand_chunk(const Chunk& chunk, uint8_t* out) {
   const uint8_t* block = chunk.lines;
   for (int64_t k = 0; k < chunk.count; k += kSubBlock, block += kSubBlockBytes) {
-    for (int j = 0; j < 8; ++j, out += 4 * kLineBytes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j, out += 8 * kLineBytes) {
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        const I32 sub = sub_scales(block + 16 * kLineBytes + half * 32, j / 2);
-        const Line line = load_line(block + (2 * j + half) * kLineBytes);
-        store_line(out + half * kLineBytes, expand(low_nibbles(line), sub));
-        store_line(out + (2 + half) * kLineBytes, expand(high_nibbles(line), sub));
+        const I32 sub = sub_scales(block + 16 * kLineBytes + half * 32, j);
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          const Line line = load_line(block + (4 * j + 2 * i + half) * kLineBytes);
+          uint8_t* lines = out + (4 * i + half) * kLineBytes;
+          store_line(lines, expand(low_nibbles(line), sub));
+          store_line(lines + 2 * kLineBytes, expand(high_nibbles(line), sub));
+        }
       }
     }
   }

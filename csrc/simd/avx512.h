@@ -20,7 +20,7 @@ constexpr int kMaxRows = 4;
 constexpr int kWideRows = 4;
 constexpr int kStreamRows = 32;
 constexpr int32_t kDot8Bias = 0;
-constexpr int kExpandRows = 8;
+constexpr int kExpandRows = 17;
 
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
