@@ -228,6 +228,87 @@ def _quantize(
     return Case("quantize", f"int{bits}-g{group}{sign}-{search}-{n}x{k}{size}", arguments)
 
 
+def _norm(
+    op: str,
+    shape: tuple[int, ...],
+    *,
+    values: str = "normal",
+    weight: torch.dtype | None = None,
+    offset: float = 0.0,
+    cast: bool = True,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> Case:
+    """`weight` is its dtype, that of x by default."""
+
+    def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
+        x, residual = (random_values(values, shape, seed).to(dtype) for seed in (1, 2))
+        w = random_values("normal", shape[-1:], 3).to(weight or dtype)
+        inputs = (x, residual) if op == "add_rms_norm" else (x,)
+        return *inputs, w, eps, offset, cast, out_dtype
+
+    size = "x".join(str(n) for n in shape)
+    extra = "".join(
+        f"-{word}"
+        for word in (
+            values if values != "normal" else "",
+            "" if weight is None else f"{weight}".removeprefix("torch."),
+            f"offset{offset:g}" if offset else "",
+            "" if cast else "late",
+            f"eps{eps:g}" if eps != 1e-6 else "",
+            "" if out_dtype is None else f"to-{out_dtype}".replace("torch.", ""),
+        )
+        if word
+    )
+    return Case(op, f"{size}{extra}", arguments)
+
+
+def _rotary(
+    shape: tuple[int, int, int, int],
+    r: int,
+    interleaved: bool,
+    *,
+    values: str = "normal",
+    shared: bool = True,
+    angles: torch.dtype = torch.float32,
+) -> Case:
+    def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
+        x = random_values(values, shape, seed=1).to(dtype)
+        table = (1 if shared else shape[0], shape[1], r)
+        cos, sin = (random_values("normal", table, seed).to(angles) for seed in (2, 3))
+        return x, cos, sin, interleaved
+
+    size = "x".join(str(n) for n in shape)
+    words = ("interleaved" if interleaved else "halves", values, "shared" if shared else "own")
+    name = f"{size}-{r}-{'-'.join(words)}-{angles}".replace("torch.", "")
+    return Case("rotary", name, arguments)
+
+
+def _rotary_table(
+    positions: tuple[int, ...], pairs: int, interleaved: bool, scaling: float = 1.0
+) -> Case:
+    def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
+        source = torch.Generator().manual_seed(5)
+        at = torch.randint(-(1 << 20), 1 << 20, positions, generator=source)
+        inv_freq = torch.rand(pairs, generator=source, dtype=torch.float64)
+        return at, inv_freq, scaling, interleaved
+
+    size = "x".join(str(n) for n in (*positions, pairs))
+    return Case("rotary_table", f"{size}-{interleaved}-{scaling:g}", arguments)
+
+
+NORMS = ("rms_norm", "add_rms_norm")
+HEADS = [  # [B, L, H, D] and R: whole and partial, tails of all kinds
+    ((2, 3, 2, 64), 64),
+    ((1, 2, 3, 80), 32),
+    ((2, 1, 1, 96), 96),
+    ((1, 5, 2, 128), 64),
+    ((1, 1, 4, 20), 14),
+    ((2, 2, 1, 3), 2),
+    ((1, 2, 2, 5), 0),
+    ((0, 4, 2, 16), 16),
+    ((2, 4, 0, 16), 16),
+]
 MIXED = [
     # decode, batches around the row blocks of the kernels, prefill; N and K off every boundary
     ((1,), 64, 256),
@@ -278,4 +359,35 @@ CASES = [
     ),
     *(_quantize(4, 32, True, "mse", 17, 64, factor) for factor in (2.0**-20, 2.0**20, 2.0**-99)),
     *(_quantize(4, 16, True, "mse", 17, 64, factor) for factor in (2.0**-90, 2.0**120)),
+    *(
+        _norm(op, shape)
+        for op in NORMS
+        for shape in ((1,), (3, 1), (2, 3, 15), (4, 16), (5, 17), (0, 8), (3, 0), (7, 576))
+    ),
+    *(
+        _norm(op, (6, 100), values=values, cast=cast)
+        for op in NORMS
+        for values in VALUES[1:]
+        for cast in (True, False)
+    ),
+    *(
+        _norm(op, (3, 70), weight=weight, offset=offset, cast=cast, out_dtype=out)
+        for op in NORMS
+        for weight in FLOATS
+        for offset, cast in ((0.0, True), (1.0, True), (1.0, False), (0.1, False))
+        for out in (None, torch.float32, torch.bfloat16)
+    ),
+    *(_norm(op, (4, 40), values="zeros", eps=eps) for op in NORMS for eps in (0.0, 1e-5)),
+    *(_rotary(shape, r, interleaved) for shape, r in HEADS for interleaved in (False, True)),
+    *(
+        _rotary((2, 3, 2, 40), 36, interleaved, values=values, shared=False, angles=angles)
+        for interleaved in (False, True)
+        for values, angles in zip(VALUES[1:], (*FLOATS, *FLOATS, *FLOATS), strict=False)
+    ),
+    *(
+        _rotary_table(positions, pairs, interleaved, scaling)
+        for positions in ((7,), (2, 5), (), (0,))
+        for pairs, scaling in ((32, 1.0), (1, 1.3), (0, 1.0))
+        for interleaved in (False, True)
+    ),
 ]

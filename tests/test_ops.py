@@ -25,7 +25,17 @@ from torch import Tensor
 
 from torch_slmops import ops, reference
 
-OPS = {"quantize", "unpack", "linear", "embedding"}  # pack_ has its own test: it fills a buffer
+# All but pack_, which has a test of its own: it fills a buffer.
+OPS = {
+    "add_rms_norm",
+    "embedding",
+    "linear",
+    "quantize",
+    "rms_norm",
+    "rotary",
+    "rotary_table",
+    "unpack",
+}
 
 
 def assert_same(actual: Any, expected: Any) -> None:
@@ -142,6 +152,26 @@ def test_conversion_of_every_float32(dtype: torch.dtype, isa: str) -> None:
         assert_same_bits(actual[nan], reference.round_to(x[nan], dtype))
 
 
+def vector_calls() -> list[Any]:
+    """opcheck's calls of the ops without packed weights, contiguous and not."""
+    calls: list[Any] = []
+    cos, sin = torch.randn(2, 1, 3, 16)
+    for dtype in FLOATS:
+        x, weight = torch.randn(2, 3, 40).to(dtype), torch.randn(40)
+        for view in (x, x.transpose(0, 1), x[:0], x.repeat_interleave(2, -1)[..., ::2]):
+            calls.append(("rms_norm", (view, weight, 1e-6, 0.0, True)))
+            calls.append(("add_rms_norm", (view, view, weight, 1e-6, 1.0, False, torch.float32)))
+        heads = torch.randn(2, 5, 3, 20).to(dtype)
+        for view in (heads.transpose(1, 2), heads.movedim(-1, 0).contiguous().movedim(0, -1)):
+            length = view.shape[1]
+            tables = (table[:, :1].expand(1, length, 16) for table in (cos, sin))
+            calls.append(("rotary", (view, *tables, True)))
+    frequencies = torch.rand(4, dtype=torch.float64)
+    calls.append(("rotary_table", (torch.arange(6).view(2, 3).T, frequencies, 1.0)))
+    calls.append(("_activation", (torch.randn(3, 4).T, "silu")))
+    return calls
+
+
 def opcheck_arguments() -> list[Any]:
     """(op, arguments) for each op, with and without its optional arguments."""
     sub16, group = FORMATS[0], FORMATS[8]
@@ -156,6 +186,7 @@ def opcheck_arguments() -> list[Any]:
     calls.append(("linear", (x[:0], packed[0], 40)))
     calls.append(("pack_", (torch.empty_like(packed[0]), *parts, 4, 16, 32, "int8")))
     calls.append(("quantize", (torch.randn(5, 70), 4, "sub16", 16, True, "mse")))
+    calls += vector_calls()
     return calls
 
 

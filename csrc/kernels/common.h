@@ -1,8 +1,8 @@
-// What all kernels share: typed loads and stores with tails, unrolling by row count.
+// What all kernels share: typed loads and stores with tails, unrolling by row count, the 16-partial
+// sum.
 #pragma once
+#include "../simd/math.h"
 #include "kernels.h"
-
-#define SLMOPS_INLINE inline __attribute__((always_inline))
 
 namespace slmops::SLMOPS_ISA {
 namespace {
@@ -63,6 +63,20 @@ inline void store_tail(DType t, void* p, int64_t index, F32 x, int64_t count) {
          static_cast<size_t>(count * size_of(t)));
 }
 
+/// 16 elements from i on, +0 beyond `count`.
+SLMOPS_INLINE F32 load_some(DType t, const void* p, int64_t i, int64_t count) {
+  return i + kLanes <= count ? load_as(t, p, i) : load_tail(t, p, i, count - i);
+}
+
+/// Stores those of 16 elements from i on that are before `count`.
+SLMOPS_INLINE void store_some(DType t, void* p, int64_t i, F32 x, int64_t count) {
+  if (i + kLanes <= count) {
+    store_as(t, p, i, x);
+  } else {
+    store_tail(t, p, i, x, count - i);
+  }
+}
+
 /// Elements [k, k + 16) of row `row` of the activations, permuted, +0 beyond `columns`.
 inline F32 load_columns(const SourceRows& src, int64_t row, int64_t k, int64_t columns) {
   const uint8_t* base = static_cast<const uint8_t*>(src.x) + row * src.stride * size_of(src.type);
@@ -104,6 +118,23 @@ SLMOPS_INLINE void with_row(const SourceRows& src, int64_t row, int64_t columns,
   if (src.type == DType::bf16) return body(PlainRow<DType::bf16>{x});
   if (src.type == DType::f16) return body(PlainRow<DType::f16>{x});
   body(PlainRow<DType::f32>{x});
+}
+
+/// x rounded once to type t, as fp32 again.
+SLMOPS_INLINE F32 round_as(DType t, F32 x) {
+  alignas(64) uint8_t rounded[64];
+  store_as(t, rounded, 0, x);
+  return load_as(t, rounded, 0);
+}
+
+/// The contract's sum of 16 partial sums: those 8 apart, then 4, 2, 1.
+inline float reduce16(F32 partials) {
+  float p[kLanes];
+  store(p, partials);
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    for (int i = 0; i < distance; ++i) p[i] = p[i] + p[i + distance];
+  }
+  return p[0];
 }
 
 inline void convert(const void* in, DType in_type, void* out, DType out_type, int64_t count) {

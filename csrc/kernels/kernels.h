@@ -67,6 +67,51 @@ struct QuantizeArgs {
   float* scratch;           // quantize_scratch_floats(k, group) of this thread
 };
 
+/// The functions of simd/math.h that ops apply to elements; gelu_erf is the one that torch calls
+/// gelu.
+enum class Activation { silu, gelu_tanh, gelu_erf, relu2, sigmoid, exp };
+
+/// What normalised values are multiplied by: offset + weight[i], or weight[i] where offset is 0.
+struct NormWeight {
+  const void* weight;  // [k] of type
+  DType type;
+  float eps;
+  float offset;
+  bool cast_before_weight;  // round to the type of x before the product
+};
+
+struct NormArgs {
+  NormWeight norm;
+  const void* x;  // [rows][k] of type, row stride `stride` elements
+  DType type;
+  int64_t stride;
+  void* out;  // [rows][k] of out_type
+  DType out_type;
+  int64_t k;
+};
+
+struct AddNormArgs {
+  NormArgs norm;
+  const void* residual;  // like x
+  int64_t residual_stride;
+  void* sum;  // [rows][k] of the type of x
+};
+
+/// Heads to rotate: item (b * length + l) * heads + h. Strides in elements.
+struct RotaryArgs {
+  const void* x;  // [batch][length][heads][d] of type
+  DType type;
+  int64_t batch_stride, length_stride, head_stride;
+  int64_t length, heads, d;
+  const void* cos;  // [batch or 1][length][r] of angle_type, r even and at most d
+  const void* sin;
+  DType angle_type;
+  int64_t angle_batch_stride;  // 0 where all of a batch share the angles
+  int64_t r;
+  bool interleaved;
+  void* out;  // [batch][length][heads][d] of type
+};
+
 struct KernelTable {
   /// codes, scale, presets of rows [begin, end) of the activations.
   void (*quantize_rows)(const Format& f, const SourceRows& src, const QuantizedRows& out,
@@ -83,6 +128,14 @@ struct KernelTable {
   /// Codes and scales of weight rows [16 * begin, 16 * end). Returns the smallest and largest
   /// non-zero |scale| (fp32, before rounding) through `range` when it is not null.
   void (*quantize_weight)(const QuantizeArgs& args, int64_t begin, int64_t end, float* range);
+  /// Rows [begin, end) of x / sqrt(mean(x^2) + eps) * (offset + weight).
+  void (*rms_norm)(const NormArgs& args, int64_t begin, int64_t end);
+  /// The same of sum = x + residual, which is rounded to the type of x and kept.
+  void (*add_rms_norm)(const AddNormArgs& args, int64_t begin, int64_t end);
+  /// Items [begin, end) of x, turned by their positions' angles.
+  void (*rotary)(const RotaryArgs& args, int64_t begin, int64_t end);
+  /// y[i] = a(x[i]); for tests of the functions.
+  void (*activation)(Activation a, const float* x, float* y, int64_t count);
   /// count elements fp32 <-> `type`, the project's one rounding; for tests of the conversions.
   void (*convert)(const void* in, DType in_type, void* out, DType out_type, int64_t count);
 };

@@ -1,8 +1,11 @@
 // One ISA row: all kernels over the SIMD header that the including file chose, and their table.
+#include "activation.h"
 #include "embedding.h"
 #include "linear.h"
 #include "quantize_rows.h"
 #include "quantize_weight.h"
+#include "rms_norm.h"
+#include "rotary.h"
 
 namespace slmops::SLMOPS_ISA {
 
@@ -13,6 +16,10 @@ constinit const KernelTable kernels = {
     .linear = linear,
     .embedding = embedding,
     .quantize_weight = quantize_weight,
+    .rms_norm = rms_norm,
+    .add_rms_norm = add_rms_norm,
+    .rotary = rotary,
+    .activation = apply_activation,
     .convert = convert,
 };
 

@@ -43,8 +43,6 @@ struct WeightBlock {
   int64_t row, rows;        // first row, how many of the 16 exist
 };
 
-SLMOPS_INLINE F32 abs(F32 x) { return from_bits(bits_of(x) & splat_i32(0x7fffffff)); }
-SLMOPS_INLINE F32 negate(F32 x) { return splat(-0.0f) - x; }
 /// The nearest integer of x clamped to [low, high], which are integers.
 SLMOPS_INLINE F32 clamp_round(F32 x, F32 low, F32 high) {
   return to_f32(round(min(max(x, low), high)));

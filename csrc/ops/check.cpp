@@ -167,4 +167,13 @@ Activations parse_activations(const char* op, const std::string& text) {
   fail(op, ": expected activations \"int8\", \"float\" or \"float_fast\", got \"", text, "\"");
 }
 
+Activation parse_activation(const char* op, const std::string& text) {
+  if (text == "silu") return Activation::silu;
+  if (text == "gelu_tanh") return Activation::gelu_tanh;
+  if (text == "gelu") return Activation::gelu_erf;
+  if (text == "relu2") return Activation::relu2;
+  fail(op, ": expected activation \"silu\", \"gelu_tanh\", \"gelu\" or \"relu2\", got \"", text,
+       "\"");
+}
+
 }  // namespace slmops

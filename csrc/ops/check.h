@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../pack/format.h"
+#include "../kernels/kernels.h"
 
 /// Throws std::runtime_error with the concatenated rest unless `condition` holds; builds no text
 /// where it does.
@@ -74,5 +74,7 @@ Format make_format(const char* op, int64_t n, int64_t k, int64_t bits, ScaleKind
 
 ScaleKind parse_scale_kind(const char* op, const std::string& text);
 Activations parse_activations(const char* op, const std::string& text);
+/// An activation of the ops: "silu", "gelu_tanh", "gelu" or "relu2".
+Activation parse_activation(const char* op, const std::string& text);
 
 }  // namespace slmops

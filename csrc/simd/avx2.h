@@ -61,6 +61,13 @@ inline Mask operator<(F32 x, F32 y) {
 inline F32 select(Mask m, F32 x, F32 y) {
   return {_mm256_blendv_ps(y.a, x.a, m.a), _mm256_blendv_ps(y.b, x.b, m.b)};
 }
+inline F32 sqrt(F32 x) { return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)}; }
+inline Mask is_nan(F32 x) {
+  return {_mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q), _mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q)};
+}
+inline F32 swap_pairs(F32 x) {
+  return {_mm256_permute_ps(x.a, 0xb1), _mm256_permute_ps(x.b, 0xb1)};
+}
 
 inline __m256i load_ymm(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
@@ -89,6 +96,10 @@ inline I32 max(I32 x, I32 y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_ep
 template <int kBits>
 inline I32 shift_right(I32 x) {
   return {_mm256_srli_epi32(x.a, kBits), _mm256_srli_epi32(x.b, kBits)};
+}
+template <int kBits>
+inline I32 shift_left(I32 x) {
+  return {_mm256_slli_epi32(x.a, kBits), _mm256_slli_epi32(x.b, kBits)};
 }
 inline int32_t reduce_max(I32 x) {
   const __m256i y = _mm256_max_epi32(x.a, x.b);

@@ -54,6 +54,9 @@ inline F32 min(F32 x, F32 y) { return {_mm512_min_ps(x.v, y.v)}; }
 inline F32 max(F32 x, F32 y) { return {_mm512_max_ps(x.v, y.v)}; }
 inline Mask operator<(F32 x, F32 y) { return _mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ); }
 inline F32 select(Mask m, F32 x, F32 y) { return {_mm512_mask_blend_ps(m, y.v, x.v)}; }
+inline F32 sqrt(F32 x) { return {_mm512_sqrt_ps(x.v)}; }
+inline Mask is_nan(F32 x) { return _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q); }
+inline F32 swap_pairs(F32 x) { return {_mm512_permute_ps(x.v, 0xb1)}; }
 
 inline I32 splat_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline I32 load_i32(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
@@ -69,6 +72,10 @@ inline I32 max(I32 x, I32 y) { return {_mm512_max_epi32(x.v, y.v)}; }
 template <int kBits>
 inline I32 shift_right(I32 x) {
   return {_mm512_srli_epi32(x.v, kBits)};
+}
+template <int kBits>
+inline I32 shift_left(I32 x) {
+  return {_mm512_slli_epi32(x.v, kBits)};
 }
 inline int32_t reduce_max(I32 x) { return _mm512_reduce_max_epi32(x.v); }
 inline int32_t reduce_add(I32 x) { return _mm512_reduce_add_epi32(x.v); }

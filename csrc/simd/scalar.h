@@ -115,6 +115,20 @@ inline F32 select(Mask m, F32 a, F32 b) {
   F32 r;
   SLMOPS_LANES(r.v[i] = m.v[i] ? a.v[i] : b.v[i]);
 }
+/// Correctly rounded, as operator/ is.
+inline F32 sqrt(F32 a) {
+  F32 r;
+  SLMOPS_LANES(r.v[i] = __builtin_sqrtf(a.v[i]));
+}
+inline Mask is_nan(F32 a) {
+  Mask r;
+  SLMOPS_LANES(r.v[i] = a.v[i] != a.v[i]);
+}
+/// Lanes 1, 0, 3, 2, ...
+inline F32 swap_pairs(F32 a) {
+  F32 r;
+  SLMOPS_LANES(r.v[i] = a.v[i ^ 1]);
+}
 
 // --- int32 ---
 inline I32 splat_i32(int32_t x) {
@@ -156,6 +170,12 @@ template <int kBits>
 inline I32 shift_right(I32 a) {
   I32 r;
   SLMOPS_LANES(r.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> kBits));
+}
+/// Left, bits leave at the top.
+template <int kBits>
+inline I32 shift_left(I32 a) {
+  I32 r;
+  SLMOPS_LANES(r.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << kBits));
 }
 inline int32_t reduce_max(I32 a) {
   int32_t r = a.v[0];

@@ -139,6 +139,16 @@ inline __m512 _mm512_min_ps(__m512 a, __m512 b) {
 inline __m512 _mm512_max_ps(__m512 a, __m512 b) {
   return avx512_emulation::map(a, b, [](float x, float y) { return x > y ? x : y; });
 }
+inline __m512 _mm512_sqrt_ps(__m512 a) {
+  for (float& lane : a.v.lane) lane = std::sqrt(lane);
+  return a;
+}
+/// In each four lanes, lane i from the lane that bits 2 i, 2 i + 1 of `order` name.
+inline __m512 _mm512_permute_ps(__m512 a, int order) {
+  __m512 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = a.v[i / 4 * 4 + (order >> (2 * (i % 4)) & 3)];
+  return r;
+}
 inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
   unsigned mask = 0;
   for (int i = 0; i < 16; ++i) {

@@ -1,7 +1,7 @@
 """The executable specification: every op in plain torch, bit for bit what the kernels compute.
 
-`quantize`, `unpack`, `linear` and `embedding` have the signatures of `torch_slmops.ops`; `pack`
-returns the buffer that `ops.pack_` fills. docs/arithmetic.md says in words what is computed here.
+Ops have the signatures of `torch_slmops.ops`; `pack` returns the buffer that `ops.pack_` fills.
+docs/arithmetic.md says in words what is computed here.
 Nothing is shared with the C++, and nothing is fast: it exists to be read and to be compared with.
 """
 
@@ -15,9 +15,14 @@ from torch_slmops.reference.arithmetic import (
 )
 from torch_slmops.reference.choose import quantize
 from torch_slmops.reference.compute import embedding, linear, quantize_rows
+from torch_slmops.reference.functions import activation
 from torch_slmops.reference.layout import pack, unpack
+from torch_slmops.reference.rms_norm import add_rms_norm, rms_norm
+from torch_slmops.reference.rotary import rotary, rotary_table
 
 __all__ = [
+    "activation",
+    "add_rms_norm",
     "canonical_nan",
     "embedding",
     "fma32",
@@ -26,6 +31,9 @@ __all__ = [
     "quantize",
     "quantize_rows",
     "reduce16",
+    "rms_norm",
+    "rotary",
+    "rotary_table",
     "round_to",
     "to_bf16",
     "to_f16",

@@ -1,0 +1,57 @@
+// The activations of simd/math.h by their number: chosen once, outside of a kernel's loop.
+#pragma once
+#include "common.h"
+
+namespace slmops::SLMOPS_ISA {
+namespace {
+
+/// An activation known at compile time, for with_activation's body.
+template <Activation kActivation>
+struct ActivationConstant {
+  static constexpr Activation value = kActivation;
+};
+
+template <Activation kActivation>
+SLMOPS_INLINE F32 activate(F32 x) {
+  if constexpr (kActivation == Activation::silu) return silu(x);
+  if constexpr (kActivation == Activation::gelu_tanh) return gelu_tanh(x);
+  if constexpr (kActivation == Activation::gelu_erf) return gelu_erf(x);
+  if constexpr (kActivation == Activation::relu2) return relu2(x);
+  if constexpr (kActivation == Activation::sigmoid) return sigmoid(x);
+  if constexpr (kActivation == Activation::exp) return exp(x);
+}
+
+/// Calls body(ActivationConstant<a>{}), whose loop uses activate<decltype(constant)::value>.
+template <class Body>
+SLMOPS_INLINE void with_activation(Activation a, const Body& body) {
+  switch (a) {
+    case Activation::silu:
+      return body(ActivationConstant<Activation::silu>{});
+    case Activation::gelu_tanh:
+      return body(ActivationConstant<Activation::gelu_tanh>{});
+    case Activation::gelu_erf:
+      return body(ActivationConstant<Activation::gelu_erf>{});
+    case Activation::relu2:
+      return body(ActivationConstant<Activation::relu2>{});
+    case Activation::sigmoid:
+      return body(ActivationConstant<Activation::sigmoid>{});
+    case Activation::exp:
+      return body(ActivationConstant<Activation::exp>{});
+  }
+}
+
+inline void apply_activation(Activation a, const float* x, float* y, int64_t count) {
+  with_activation(a, [&](auto constant) {
+    constexpr Activation kActivation = decltype(constant)::value;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+      store_as(DType::f32, y, i, activate<kActivation>(load(x + i)));
+    if (i < count) {
+      const F32 rest = load_tail(DType::f32, x, i, count - i);
+      store_tail(DType::f32, y, i, activate<kActivation>(rest), count - i);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace slmops::SLMOPS_ISA

@@ -1,0 +1,178 @@
+"""Rotary tables of our own: inverse frequencies from a transformers-style config, cos and sin.
+
+A frequency is computed with 40 decimal digits and rounded once to float64, because `pow` and `log`
+differ between C libraries; `ops.rotary_table` keeps the rest the same on every CPU. transformers
+works in float32: its tables differ from these by the rounding of its angles.
+
+The scalings are those of transformers' `ROPE_INIT_FUNCTIONS`: linear (position interpolation, Chen
+et al. 2023), llama3 (the Llama 3.1 release), yarn (Peng et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal, localcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_slmops import ops
+
+__all__ = ["inverse_frequencies", "rotary_table"]
+
+_Parameters = Mapping[str, Any]
+
+_CONTEXT = Context(prec=40)
+_TWO_PI = Decimal("6.283185307179586476925286766559005768394")
+
+
+def rotary_table(
+    config: Any,
+    positions: Tensor,
+    *,
+    layer_type: str | None = None,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Returns the cos and sin of positions, as `ops.rotary` takes them.
+
+    Args:
+        config: As in `inverse_frequencies`.
+        positions: int64 [B or 1, L].
+        layer_type: As in `inverse_frequencies`.
+        interleaved: Whether pairs are (2i, 2i + 1), not (i, i + R/2).
+
+    Returns:
+        cos and sin, float32 [B or 1, L, R].
+    """
+    inv_freq, scaling = inverse_frequencies(config, layer_type)
+    return ops.rotary_table(positions, inv_freq, scaling, interleaved)
+
+
+def inverse_frequencies(config: Any, layer_type: str | None = None) -> tuple[Tensor, float]:
+    """Returns the angles per position, and the factor of cos and sin.
+
+    Args:
+        config: A transformers config, or what has its attributes: `rope_parameters` (with
+            "rope_theta" and what the type needs), `head_dim` or `hidden_size` and
+            `num_attention_heads`, and `max_position_embeddings`.
+        layer_type: The entry of `rope_parameters` where each type of layer has its own.
+
+    Returns:
+        inv_freq, float64 [R / 2] in radians, and the scaling.
+
+    Raises:
+        ValueError: A rotary type other than "default", "linear", "llama3" and "yarn".
+    """
+    parameters = config.rope_parameters
+    if layer_type is not None:
+        parameters = parameters[layer_type]
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind not in _SCALINGS:
+        raise ValueError(
+            f"rotary tables: expected a rope_type of {', '.join(_SCALINGS)}, got {kind!r}; its "
+            "tables have to come from transformers"
+        )
+    with localcontext(_CONTEXT):
+        base = _frequencies(_head_dim(config, parameters), Decimal(parameters["rope_theta"]))
+        scaled, scaling = _SCALINGS[kind](base, parameters, config)
+        return torch.tensor([float(f) for f in scaled], dtype=torch.float64), float(scaling)
+
+
+def _head_dim(config: Any, parameters: _Parameters) -> int:
+    """Elements of a head that are rotated."""
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None:
+        head_dim = config.hidden_size // config.num_attention_heads
+    return int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
+
+
+def _frequencies(dim: int, theta: Decimal) -> list[Decimal]:
+    """theta^(-2i / dim)."""
+    return [theta ** (Decimal(-i) / dim) for i in range(0, dim, 2)]
+
+
+_Scaled = tuple[list[Decimal], Decimal]
+
+
+def _default(base: list[Decimal], parameters: _Parameters, config: Any) -> _Scaled:
+    return base, Decimal(1)
+
+
+def _linear(base: list[Decimal], parameters: _Parameters, config: Any) -> _Scaled:
+    factor = Decimal(parameters["factor"])
+    return [f / factor for f in base], Decimal(1)
+
+
+def _llama3(base: list[Decimal], parameters: _Parameters, config: Any) -> _Scaled:
+    """Long waves are stretched by the factor, short ones kept, those between interpolated."""
+    factor = Decimal(parameters["factor"])
+    low = Decimal(parameters["low_freq_factor"])
+    high = Decimal(parameters["high_freq_factor"])
+    length = _trained_length(parameters, config)
+
+    def scaled(f: Decimal) -> Decimal:
+        waves = length * f / _TWO_PI  # in the length that was trained
+        if waves > high:
+            return f
+        if waves < low:
+            return f / factor
+        smooth = (waves - low) / (high - low)
+        return (1 - smooth) * f / factor + smooth * f
+
+    return [scaled(f) for f in base], Decimal(1)
+
+
+def _yarn(base: list[Decimal], parameters: _Parameters, config: Any) -> _Scaled:
+    """A ramp over the pairs from kept to stretched frequencies, and a factor for attention."""
+    dim, theta = _head_dim(config, parameters), Decimal(parameters["rope_theta"])
+    length = _trained_length(parameters, config)
+    given = parameters.get("factor")
+    factor = Decimal(config.max_position_embeddings) / length if given is None else Decimal(given)
+
+    def pair_of(rotations: float) -> Decimal:
+        """The pair that turns so often in the trained length."""
+        return dim * (length / (Decimal(rotations) * _TWO_PI)).ln() / (2 * theta.ln())
+
+    low = pair_of(parameters.get("beta_fast") or 32)
+    high = pair_of(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
+        low = low.to_integral_value(ROUND_FLOOR)
+        high = high.to_integral_value(ROUND_CEILING)
+    low, high = max(low, Decimal(0)), min(high, Decimal(dim - 1))
+    if low == high:
+        high += Decimal("0.001")
+
+    def scaled(i: int, f: Decimal) -> Decimal:
+        stretched = min(max((i - low) / (high - low), Decimal(0)), Decimal(1))
+        return f / factor * stretched + f * (1 - stretched)
+
+    return [scaled(i, f) for i, f in enumerate(base)], _yarn_scaling(parameters, factor)
+
+
+def _yarn_scaling(parameters: _Parameters, factor: Decimal) -> Decimal:
+    given = parameters.get("attention_factor")
+    if given is not None:
+        return Decimal(given)
+
+    def scale(by: float) -> Decimal:
+        if factor <= 1:
+            return Decimal(1)
+        return Decimal(by) * factor.ln() / 10 + 1
+
+    mscale, all_dims = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    return scale(mscale) / scale(all_dims) if mscale and all_dims else scale(1)
+
+
+def _trained_length(parameters: _Parameters, config: Any) -> Decimal:
+    name = "original_max_position_embeddings"
+    given = parameters.get(name) or getattr(config, name, None)
+    return Decimal(given or config.max_position_embeddings)
+
+
+_SCALINGS: dict[str, Callable[[list[Decimal], _Parameters, Any], _Scaled]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
