@@ -43,13 +43,10 @@ SLMOPS_INLINE void with_activation(Activation a, const Body& body) {
 inline void apply_activation(Activation a, const float* x, float* y, int64_t count) {
   with_activation(a, [&](auto constant) {
     constexpr Activation kActivation = decltype(constant)::value;
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes)
-      store_as(DType::f32, y, i, activate<kActivation>(load(x + i)));
-    if (i < count) {
-      const F32 rest = load_tail(DType::f32, x, i, count - i);
-      store_tail(DType::f32, y, i, activate<kActivation>(rest), count - i);
-    }
+    for_lanes(count, [&](int64_t i, auto lanes) {
+      const F32 result = activate<kActivation>(load_lanes(DType::f32, x, i, lanes));
+      store_lanes(DType::f32, y, i, result, lanes);
+    });
   });
 }
 

@@ -63,18 +63,43 @@ inline void store_tail(DType t, void* p, int64_t index, F32 x, int64_t count) {
          static_cast<size_t>(count * size_of(t)));
 }
 
-/// 16 elements from i on, +0 beyond `count`.
-SLMOPS_INLINE F32 load_some(DType t, const void* p, int64_t i, int64_t count) {
-  return i + kLanes <= count ? load_as(t, p, i) : load_tail(t, p, i, count - i);
+/// What for_lanes calls its body with: all 16 lanes, or the first `count`.
+struct Whole {};
+struct Part {
+  int64_t count;
+};
+SLMOPS_INLINE F32 load_lanes(DType t, const void* p, int64_t index, Whole) {
+  return load_as(t, p, index);
+}
+SLMOPS_INLINE F32 load_lanes(DType t, const void* p, int64_t index, Part part) {
+  return load_tail(t, p, index, part.count);
+}
+SLMOPS_INLINE void store_lanes(DType t, void* p, int64_t index, F32 x, Whole) {
+  store_as(t, p, index, x);
+}
+SLMOPS_INLINE void store_lanes(DType t, void* p, int64_t index, F32 x, Part part) {
+  store_tail(t, p, index, x, part.count);
 }
 
-/// Stores those of 16 elements from i on that are before `count`.
-SLMOPS_INLINE void store_some(DType t, void* p, int64_t i, F32 x, int64_t count) {
-  if (i + kLanes <= count) {
-    store_as(t, p, i, x);
-  } else {
-    store_tail(t, p, i, x, count - i);
-  }
+/// Calls body(i, lanes) for i = 0, 16, ... below k.
+template <class Body>
+SLMOPS_INLINE void for_lanes(int64_t k, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) body(i, Whole{});
+  if (i < k) body(i, Part{k - i});
+}
+
+template <DType kType>
+struct TypeConstant {
+  static constexpr DType value = kType;
+};
+
+/// Calls body(TypeConstant<t>{}): a loop inside does not ask for the type of each vector.
+template <class Body>
+SLMOPS_INLINE void with_type(DType t, const Body& body) {
+  if (t == DType::bf16) return body(TypeConstant<DType::bf16>{});
+  if (t == DType::f16) return body(TypeConstant<DType::f16>{});
+  body(TypeConstant<DType::f32>{});
 }
 
 /// Elements [k, k + 16) of row `row` of the activations, permuted, +0 beyond `columns`.

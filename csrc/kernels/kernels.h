@@ -77,7 +77,7 @@ struct NormWeight {
   DType type;
   float eps;
   float offset;
-  bool cast_before_weight;  // round to the type of x before the product
+  DType cast;  // what x / rms is rounded to before the product; f32: it is not
 };
 
 struct NormArgs {

@@ -16,47 +16,52 @@ struct Angles {
 
 /// y[i] = x[i] cos[i] - x[i + R/2] sin[i], y[i + R/2] = x[i + R/2] cos[i + R/2] + x[i] sin[i +
 /// R/2].
-inline void rotate_halves(const Angles& angles, const void* x, DType type, void* out,
-                          DType out_type) {
-  const DType t = angles.type;
-  const int64_t r = angles.r, half = r / 2;
-  for (int64_t i = 0; i < half; i += kLanes) {
+template <DType kType, DType kAngleType>
+inline void rotate_halves(const Angles& angles, const void* x, void* out, DType out_type) {
+  const int64_t half = angles.r / 2;
+  for_lanes(half, [&](int64_t i, auto lanes) {
+    const auto cos = [&](int64_t at) { return load_lanes(kAngleType, angles.cos, at, lanes); };
+    const auto sin = [&](int64_t at) { return load_lanes(kAngleType, angles.sin, at, lanes); };
     const int64_t j = i + half;
-    const F32 first = load_some(type, x, i, half), second = load_some(type, x, j, r);
-    const F32 taken = second * load_some(t, angles.sin, i, half);
-    const F32 added = first * load_some(t, angles.sin, j, r);
-    const F32 turned = fma(first, load_some(t, angles.cos, i, half), negate(taken));
-    store_some(out_type, out, j, fma(second, load_some(t, angles.cos, j, r), added), r);
-    store_some(out_type, out, i, turned, half);
-  }
+    const F32 first = load_lanes(kType, x, i, lanes), second = load_lanes(kType, x, j, lanes);
+    store_lanes(out_type, out, i, fma(first, cos(i), negate(second * sin(i))), lanes);
+    store_lanes(out_type, out, j, fma(second, cos(j), first * sin(j)), lanes);
+  });
 }
 
 /// y[2i] = x[2i] cos[2i] - x[2i + 1] sin[2i], y[2i + 1] = x[2i + 1] cos[2i + 1] + x[2i] sin[2i +
 /// 1].
-inline void rotate_neighbours(const Angles& angles, const void* x, DType type, void* out,
-                              DType out_type) {
+template <DType kType, DType kAngleType>
+inline void rotate_neighbours(const Angles& angles, const void* x, void* out, DType out_type) {
   alignas(64) constexpr float kSigns[kLanes] = {-1.0f, 1.0f, -1.0f, 1.0f, -1.0f, 1.0f, -1.0f, 1.0f,
                                                 -1.0f, 1.0f, -1.0f, 1.0f, -1.0f, 1.0f, -1.0f, 1.0f};
-  const DType t = angles.type;
-  const int64_t r = angles.r;
-  for (int64_t i = 0; i < r; i += kLanes) {
-    const F32 v = load_some(type, x, i, r);
-    const F32 other = swap_pairs(v) * (load_some(t, angles.sin, i, r) * load(kSigns));
-    store_some(out_type, out, i, fma(v, load_some(t, angles.cos, i, r), other), r);
-  }
+  const F32 signs = load(kSigns);
+  for_lanes(angles.r, [&](int64_t i, auto lanes) {
+    const F32 v = load_lanes(kType, x, i, lanes);
+    const F32 sin = load_lanes(kAngleType, angles.sin, i, lanes) * signs;
+    const F32 cos = load_lanes(kAngleType, angles.cos, i, lanes);
+    store_lanes(out_type, out, i, fma(v, cos, swap_pairs(v) * sin), lanes);
+  });
 }
 
-/// One head of d elements; `out` may be `x` itself where the types agree.
+/// One head of d elements; `out` may be `x` itself where the types agree: fp32 scratch in place.
 inline void rotate_head(const Angles& angles, bool interleaved, const void* x, DType type,
                         void* out, DType out_type, int64_t d) {
-  if (interleaved) {
-    rotate_neighbours(angles, x, type, out, out_type);
-  } else {
-    rotate_halves(angles, x, type, out, out_type);
-  }
-  for (int64_t i = angles.r; i < d; i += kLanes) {
-    store_some(out_type, out, i, load_some(type, x, i, d), d);
-  }
+  with_type(type, [&](auto constant) {
+    constexpr DType kType = decltype(constant)::value;
+    with_type(angles.type, [&](auto angle) {
+      constexpr DType kAngleType = decltype(angle)::value;
+      if (interleaved) {
+        rotate_neighbours<kType, kAngleType>(angles, x, out, out_type);
+      } else {
+        rotate_halves<kType, kAngleType>(angles, x, out, out_type);
+      }
+    });
+    const int64_t r = angles.r;
+    for_lanes(d - r, [&](int64_t i, auto lanes) {
+      store_lanes(out_type, out, r + i, load_lanes(kType, x, r + i, lanes), lanes);
+    });
+  });
 }
 
 inline void rotary(const RotaryArgs& args, int64_t begin, int64_t end) {

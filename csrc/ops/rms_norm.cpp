@@ -23,13 +23,14 @@ struct Norm {
       : rows((check_rank(op, x), x)), weights(to_contiguous(weight)) {
     const int64_t k = last_size(x);
     check_shape(op, "weight", weight, {k});
+    const DType type = float_type(op, "x", x.scalar_type());
     args = {.norm = {.weight = weights.const_data_ptr(),
                      .type = float_type(op, "weight", weight.scalar_type()),
                      .eps = static_cast<float>(eps),
                      .offset = static_cast<float>(offset),
-                     .cast_before_weight = cast_before_weight},
+                     .cast = cast_before_weight ? type : DType::f32},
             .x = rows.data(),
-            .type = float_type(op, "x", x.scalar_type()),
+            .type = type,
             .stride = rows.stride(),
             .out = nullptr,
             .out_type = float_type(op, "out_dtype", out_type),

@@ -1,5 +1,5 @@
-// Runs the C++ tests: `tests [full]`. A full run converts all 2^32 floats and takes ten times the
-// cases.
+// Runs the C++ tests: `tests [full]`. A full run takes all 2^32 floats for conversions and
+// activations, and ten times the cases.
 #include <string>
 
 #include "testing.h"
@@ -22,6 +22,9 @@ int main(int argc, char** argv) {
   step("convert", [&] { test_convert(full); });
   step("kernels", [&] { test_kernels(300 * cases); });
   step("limits", [] { test_limits(); });
+  step("activations", [&] { test_activations(full); });
+  step("vectors", [&] { test_vectors(1000 * cases); });
+  step("sin_cos", [] { test_sin_cos(); });
   step("quantize_weight", [&] { test_quantize_weight(300 * cases); });
   std::printf("passed\n");
   return 0;

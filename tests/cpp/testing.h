@@ -112,5 +112,8 @@ void test_kernels(int cases);
 void test_limits();
 void test_quantize_weight(int cases);
 void test_fp_scope();
+void test_activations(bool full);
+void test_vectors(int cases);
+void test_sin_cos();
 
 }  // namespace slmops::testing
