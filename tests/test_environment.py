@@ -36,6 +36,14 @@ x, w, packed = torch.load(folder + "/in.pt")
 results = [ops.linear(x, p, p_n) for p, p_n in packed]
 results += [ops.embedding(torch.arange(p_n), p, x.shape[1], torch.float32) for p, p_n in packed]
 results += ops.quantize(w, 4, "sub16", 16, True, "mse")
+tiny = torch.full((1, len(w), 4, 64), 1 << 19, dtype=torch.int32).view(torch.float32)
+half = torch.full((1, len(w), 64), 0.5)
+results += [
+    ops.rms_norm(w, tiny.flatten()[:x.shape[1]], 1e-6, 0.0, True),
+    *ops.add_rms_norm(w, w, tiny.flatten()[:x.shape[1]], 1e-6, 0.0, True),
+    ops.rotary(tiny, half, half, False),
+    torch.ops.slmops._activation(torch.full((1 << 18,), -100.0), "exp"),
+]
 torch.save(results, folder + "/out.pt")
 """
 
@@ -54,7 +62,16 @@ def results(x: Tensor, w: Tensor, packed: list[tuple[Tensor, int]]) -> list[Tens
     found = [ops.linear(x, weight, n) for weight, n in packed]
     ids = torch.arange(N)
     found += [ops.embedding(ids, weight, K, torch.float32) for weight, _ in packed]
-    return [*found, *ops.quantize(w, 4, "sub16", 16, True, "mse")]
+    found += ops.quantize(w, 4, "sub16", 16, True, "mse")
+    tiny = torch.full((1, N, 4, 64), 1 << 19, dtype=torch.int32).view(torch.float32)  # 2^-130
+    half = torch.full((1, N, 64), 0.5)
+    vectors = [
+        ops.rms_norm(w, tiny.flatten()[:K], 1e-6, 0.0, True),
+        *ops.add_rms_norm(w, w, tiny.flatten()[:K], 1e-6, 0.0, True),
+        ops.rotary(tiny, half, half, False),
+        torch.ops.slmops._activation(torch.full((1 << 18,), -100.0), "exp"),
+    ]
+    return [*found, *vectors]
 
 
 def count_denormals(x: Tensor) -> int:
@@ -66,6 +83,8 @@ def test_pool_that_was_born_flushing(isa: str, tmp_path: Path) -> None:
     expected = results(*arguments)
     for linear in expected[:2]:
         assert count_denormals(linear) > linear.numel() // 2, "little here would be flushed"
+    for i in (-5, -4, -2, -1):  # all vector ops but the sum; many rows of w are too small for eps
+        assert count_denormals(expected[i]) > expected[i].numel() // 10, "little to flush"
     torch.save(arguments, tmp_path / "in.pt")
     subprocess.run(
         [sys.executable, "-W", "error", "-c", SCRIPT, str(tmp_path), isa],
