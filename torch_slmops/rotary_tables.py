@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torch_slmops import ops
 
-__all__ = ["inverse_frequencies", "rotary_table"]
+__all__ = ["inverse_frequencies", "rotary_table", "scaled_frequencies"]
 
 _Parameters = Mapping[str, Any]
 
@@ -68,18 +68,36 @@ def inverse_frequencies(config: Any, layer_type: str | None = None) -> tuple[Ten
     if layer_type is not None:
         parameters = parameters[layer_type]
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    return scaled_frequencies(kind, parameters, config, _rotated(config, parameters))
+
+
+def scaled_frequencies(
+    kind: str, parameters: Mapping[str, Any], config: Any, width: int
+) -> tuple[Tensor, float]:
+    """Returns inv_freq and scaling as `inverse_frequencies`, for a type and width that are known.
+
+    Args:
+        kind: The rotary type.
+        parameters: Its `rope_parameters`.
+        config: Read for `max_position_embeddings` where `parameters` lack a length or a factor.
+        width: R, how many elements of a head are rotated.
+
+    Raises:
+        ValueError: As `inverse_frequencies`.
+    """
     if kind not in _SCALINGS:
         raise ValueError(
             f"rotary tables: expected a rope_type of {', '.join(_SCALINGS)}, got {kind!r}; its "
             "tables have to come from transformers"
         )
     with localcontext(_CONTEXT):
-        base = _frequencies(_head_dim(config, parameters), Decimal(parameters["rope_theta"]))
-        scaled, scaling = _SCALINGS[kind](base, parameters, config)
+        theta = Decimal(parameters["rope_theta"])
+        plain = [theta ** (Decimal(-i) / width) for i in range(0, width, 2)]
+        scaled, scaling = _SCALINGS[kind](plain, parameters, config)
         return torch.tensor([float(f) for f in scaled], dtype=torch.float64), float(scaling)
 
 
-def _head_dim(config: Any, parameters: _Parameters) -> int:
+def _rotated(config: Any, parameters: _Parameters) -> int:
     """Elements of a head that are rotated."""
     head_dim = getattr(config, "head_dim", None)
     if head_dim is None:
@@ -87,24 +105,19 @@ def _head_dim(config: Any, parameters: _Parameters) -> int:
     return int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
 
 
-def _frequencies(dim: int, theta: Decimal) -> list[Decimal]:
-    """theta^(-2i / dim)."""
-    return [theta ** (Decimal(-i) / dim) for i in range(0, dim, 2)]
-
-
 _Scaled = tuple[list[Decimal], Decimal]
 
 
-def _default(base: list[Decimal], parameters: _Parameters, config: Any) -> _Scaled:
-    return base, Decimal(1)
+def _default(plain: list[Decimal], parameters: _Parameters, config: Any) -> _Scaled:
+    return plain, Decimal(1)
 
 
-def _linear(base: list[Decimal], parameters: _Parameters, config: Any) -> _Scaled:
+def _linear(plain: list[Decimal], parameters: _Parameters, config: Any) -> _Scaled:
     factor = Decimal(parameters["factor"])
-    return [f / factor for f in base], Decimal(1)
+    return [f / factor for f in plain], Decimal(1)
 
 
-def _llama3(base: list[Decimal], parameters: _Parameters, config: Any) -> _Scaled:
+def _llama3(plain: list[Decimal], parameters: _Parameters, config: Any) -> _Scaled:
     """Long waves are stretched by the factor, short ones kept, those between interpolated."""
     factor = Decimal(parameters["factor"])
     low = Decimal(parameters["low_freq_factor"])
@@ -120,26 +133,26 @@ def _llama3(base: list[Decimal], parameters: _Parameters, config: Any) -> _Scale
         smooth = (waves - low) / (high - low)
         return (1 - smooth) * f / factor + smooth * f
 
-    return [scaled(f) for f in base], Decimal(1)
+    return [scaled(f) for f in plain], Decimal(1)
 
 
-def _yarn(base: list[Decimal], parameters: _Parameters, config: Any) -> _Scaled:
+def _yarn(plain: list[Decimal], parameters: _Parameters, config: Any) -> _Scaled:
     """A ramp over the pairs from kept to stretched frequencies, and a factor for attention."""
-    dim, theta = _head_dim(config, parameters), Decimal(parameters["rope_theta"])
+    width, theta = 2 * len(plain), Decimal(parameters["rope_theta"])
     length = _trained_length(parameters, config)
     given = parameters.get("factor")
     factor = Decimal(config.max_position_embeddings) / length if given is None else Decimal(given)
 
     def pair_of(rotations: float) -> Decimal:
         """The pair that turns so often in the trained length."""
-        return dim * (length / (Decimal(rotations) * _TWO_PI)).ln() / (2 * theta.ln())
+        return width * (length / (Decimal(rotations) * _TWO_PI)).ln() / (2 * theta.ln())
 
     low = pair_of(parameters.get("beta_fast") or 32)
     high = pair_of(parameters.get("beta_slow") or 1)
     if parameters.get("truncate", True):
         low = low.to_integral_value(ROUND_FLOOR)
         high = high.to_integral_value(ROUND_CEILING)
-    low, high = max(low, Decimal(0)), min(high, Decimal(dim - 1))
+    low, high = max(low, Decimal(0)), min(high, Decimal(width - 1))
     if low == high:
         high += Decimal("0.001")
 
@@ -147,7 +160,7 @@ def _yarn(base: list[Decimal], parameters: _Parameters, config: Any) -> _Scaled:
         stretched = min(max((i - low) / (high - low), Decimal(0)), Decimal(1))
         return f / factor * stretched + f * (1 - stretched)
 
-    return [scaled(i, f) for i, f in enumerate(base)], _yarn_scaling(parameters, factor)
+    return [scaled(i, f) for i, f in enumerate(plain)], _yarn_scaling(parameters, factor)
 
 
 def _yarn_scaling(parameters: _Parameters, factor: Decimal) -> Decimal:

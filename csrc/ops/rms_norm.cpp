@@ -16,11 +16,16 @@ namespace {
 
 constexpr int64_t kCost = 2;  // multiply-adds that an element of a row is worth
 
+const Tensor& with_dimension(const char* op, const Tensor& x) {
+  SLMOPS_CHECK(x.dim() >= 1, op, ": expected x with at least one dimension, got a scalar");
+  return x;
+}
+
 /// The checked arguments of a call and the owners of what they point into.
 struct Norm {
   Norm(const char* op, const Tensor& x, const Tensor& weight, double eps, double offset,
        bool cast_before_weight, ScalarType out_type)
-      : rows((check_rank(op, x), x)), weights(to_contiguous(weight)) {
+      : rows(with_dimension(op, x)), weights(to_contiguous(weight)) {
     const int64_t k = last_size(x);
     check_shape(op, "weight", weight, {k});
     const DType type = float_type(op, "x", x.scalar_type());
@@ -36,10 +41,6 @@ struct Norm {
             .out_type = float_type(op, "out_dtype", out_type),
             .k = k};
     count = k == 0 ? 0 : x.numel() / k;
-  }
-
-  static void check_rank(const char* op, const Tensor& x) {
-    SLMOPS_CHECK(x.dim() >= 1, op, ": expected x with at least one dimension, got a scalar");
   }
 
   Rows rows;

@@ -15,13 +15,13 @@ from torch_slmops.reference.arithmetic import (
 )
 from torch_slmops.reference.choose import quantize
 from torch_slmops.reference.compute import embedding, linear, quantize_rows
-from torch_slmops.reference.functions import activation
+from torch_slmops.reference.functions import activate
 from torch_slmops.reference.layout import pack, unpack
 from torch_slmops.reference.rms_norm import add_rms_norm, rms_norm
 from torch_slmops.reference.rotary import rotary, rotary_table
 
 __all__ = [
-    "activation",
+    "activate",
     "add_rms_norm",
     "canonical_nan",
     "embedding",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_slmops.reference.arithmetic import canonical_nan, fma32
 
-__all__ = ["activation", "exp", "gelu_erf", "gelu_tanh", "relu2", "sigmoid", "silu"]
+__all__ = ["activate", "exp", "gelu_erf", "gelu_tanh", "relu2", "sigmoid", "silu"]
 
 _LOG2E = float.fromhex("0x1.715476p+0")
 _LN2_HIGH = float.fromhex("0x1.62e430p-1")
@@ -93,17 +93,19 @@ def relu2(x: Tensor) -> Tensor:
     return canonical_nan(y * y)
 
 
-def activation(x: Tensor, name: str) -> Tensor:
-    """The function `name` of float32 `x`: an activation of the ops, "sigmoid" or "exp"."""
-    functions = {
-        "silu": silu,
-        "gelu_tanh": gelu_tanh,
-        "gelu": gelu_erf,
-        "relu2": relu2,
-        "sigmoid": sigmoid,
-        "exp": exp,
-    }
-    return functions[name](x)
+def activate(name: str, x: Tensor) -> Tensor:
+    """The function `name` of float32 x.
+
+    Args:
+        name: "silu", "gelu_tanh", "gelu" or "relu2", as ops take them; "sigmoid" or "exp".
+        x: float32.
+
+    Raises:
+        ValueError: Another name.
+    """
+    if name not in _FUNCTIONS:
+        raise ValueError(f"activate: expected one of {', '.join(_FUNCTIONS)}, got {name!r}")
+    return _FUNCTIONS[name](x)
 
 
 def _of(value: float) -> Tensor:
@@ -148,3 +150,13 @@ def _sigmoid_tail(a: Tensor) -> Tensor:
 def _less_tail(x: Tensor, a: Tensor, tail: Tensor) -> Tensor:
     """max(x, 0) - a * tail: x * F(x) for F(x) + F(-x) = 1, tail = F(-a) and a = |x|."""
     return canonical_nan(fma32(-a, tail, _positive(x)))
+
+
+_FUNCTIONS = {
+    "silu": silu,
+    "gelu_tanh": gelu_tanh,
+    "gelu": gelu_erf,
+    "relu2": relu2,
+    "sigmoid": sigmoid,
+    "exp": exp,
+}
