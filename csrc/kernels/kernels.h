@@ -44,9 +44,10 @@ struct LinearArgs {
   const float* x;         // float mode: [m][k_padded] fp32, padding +0
   const void* bias;       // [n] of bias_type, or null
   DType bias_type;
-  void* out;  // [m][n] of out_type, row stride out_stride elements
+  void* out;  // of out_type, row stride out_stride elements, beginning at the element of row
+              // first_row and output first_output
   DType out_type;
-  int64_t out_stride;
+  int64_t out_stride, first_row, first_output;
   uint8_t* scratch;  // scratch_bytes(format, rows of a call) of this thread, aligned to 64
 };
 
@@ -112,6 +113,31 @@ struct RotaryArgs {
   void* out;  // [batch][length][heads][d] of type
 };
 
+/// The heads of q, k, v and what becomes of them after the projection.
+struct HeadsArgs {
+  int64_t heads[3];
+  int64_t d;
+  void* out[3];  // [rows][heads][d] of type
+  DType type;
+  NormWeight norm[2];     // of q and k
+  int64_t norm_width[2];  // d: each head on its own; heads * d: all together; 0: no norm
+  int64_t length;         // row b * length + l is position l of sequence b
+  const void* cos;        // [batch or 1][length][r] of angle_type; null: no rotary embedding
+  const void* sin;
+  DType angle_type;
+  int64_t angle_batch_stride;
+  int64_t r;
+  bool interleaved;
+};
+
+/// What becomes of the gate and up projections: h = activation(gate) * up, the input of `down`.
+struct GateArgs {
+  const Format* down;
+  Activation activation;
+  QuantizedRows rows;  // of down, where it takes int8
+  float* wide;         // [m][k_padded of down] where h itself is wanted; else null
+};
+
 struct KernelTable {
   /// codes, scale, presets of rows [begin, end) of the activations.
   void (*quantize_rows)(const Format& f, const SourceRows& src, const QuantizedRows& out,
@@ -134,6 +160,16 @@ struct KernelTable {
   void (*add_rms_norm)(const AddNormArgs& args, int64_t begin, int64_t end);
   /// Items [begin, end) of x, turned by their positions' angles.
   void (*rotary)(const RotaryArgs& args, int64_t begin, int64_t end);
+  /// Norm, rotary embedding and the one rounding of heads [head, head + count) of q, k, v, in this
+  /// order, for rows [row, row + rows). x: fp32 [rows], row stride `stride`, overwritten; begins
+  /// with the first head. A norm of more than a head needs all of its heads.
+  void (*heads)(const HeadsArgs& args, float* x, int64_t stride, int64_t row, int64_t rows,
+                int64_t head, int64_t count);
+  /// h of columns [column, column + columns) of rows [row, row + rows), whole activation groups of
+  /// down (and 64 k of sub16), into args. x: fp32 [rows][2 * columns], overwritten: 32 of the gate,
+  /// 32 of up, alternating, of which `given` columns are there; the others are 0.
+  void (*gate)(const GateArgs& args, float* x, int64_t row, int64_t rows, int64_t column,
+               int64_t columns, int64_t given);
   /// y[i] = a(x[i]); for tests of the functions.
   void (*activation)(Activation a, const float* x, float* y, int64_t count);
   /// count elements fp32 <-> `type`, the project's one rounding; for tests of the conversions.

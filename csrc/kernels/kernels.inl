@@ -1,11 +1,9 @@
 // One ISA row: all kernels over the SIMD header that the including file chose, and their table.
-#include "activation.h"
 #include "embedding.h"
+#include "gate.h"
+#include "heads.h"
 #include "linear.h"
-#include "quantize_rows.h"
 #include "quantize_weight.h"
-#include "rms_norm.h"
-#include "rotary.h"
 
 namespace slmops::SLMOPS_ISA {
 
@@ -19,6 +17,8 @@ constinit const KernelTable kernels = {
     .rms_norm = rms_norm,
     .add_rms_norm = add_rms_norm,
     .rotary = rotary,
+    .heads = heads,
+    .gate = gate,
     .activation = apply_activation,
     .convert = convert,
 };

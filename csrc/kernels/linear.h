@@ -156,7 +156,7 @@ inline void finish_tile(const LinearArgs& args, const uint8_t* own_scales, int64
       F32 y = load(sums + (row - begin) * kTile + half * kLanes);
       if (f.scale_kind == ScaleKind::sub16) y = y * own;
       if (args.bias != nullptr) y = y + bias;
-      const int64_t at = row * args.out_stride + n;
+      const int64_t at = (row - args.first_row) * args.out_stride + n - args.first_output;
       if (count == kLanes) {
         store_as(args.out_type, args.out, at, y);
       } else {

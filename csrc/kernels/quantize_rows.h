@@ -41,14 +41,23 @@ SLMOPS_INLINE int32_t round_columns(const Row& row, int64_t begin, int64_t end, 
   return reduce_add(sum);
 }
 
-/// Presets of a sub16 row: of its units, then of its activation groups.
-inline void sub16_presets(const Format& f, const int8_t* codes, int32_t* presets) {
+/// Row `row` of `rows`, as if it were the only one.
+inline QuantizedRows row_of(const Format& f, const QuantizedRows& rows, int64_t row) {
+  return {rows.codes + row * f.k_padded, rows.scale + row * (f.k_padded / f.act_group),
+          rows.presets + row * presets_per_row(f)};
+}
+
+/// Presets of columns [begin, end) of a sub16 row, whole blocks: of its units, and of its
+/// activation groups.
+inline void sub16_presets(const Format& f, int64_t begin, int64_t end, const QuantizedRows& out) {
   const int32_t factor = preset_factor(f);
+  int32_t* presets = out.presets;
+  for (int64_t k = begin; k < end; k += kSubBlock) {
+    sums_of_16(out.codes + k, presets + k / kSubGroup);
+  }
   int32_t* of_groups = presets + f.k_padded / kSubGroup;
-  for (int64_t k = 0; k < f.k_padded; k += kSubBlock)
-    sums_of_16(codes + k, presets + k / kSubGroup);
   const int64_t units = f.act_group / kSubGroup;
-  for (int64_t a = 0; a < f.k_padded / f.act_group; ++a) {
+  for (int64_t a = begin / f.act_group; a < end / f.act_group; ++a) {
     int32_t sum = 0;
     for (int64_t i = a * units; i < (a + 1) * units; ++i) {
       sum += presets[i];
@@ -58,38 +67,36 @@ inline void sub16_presets(const Format& f, const int8_t* codes, int32_t* presets
   }
 }
 
+/// Columns [begin, end) of a row: whole activation groups, and whole blocks of sub16.
 template <class Row>
-SLMOPS_INLINE void quantize_row(const Format& f, const Row& row, int8_t* codes, float* scale,
-                                int32_t* presets) {
+SLMOPS_INLINE void quantize_span(const Format& f, const Row& row, int64_t begin, int64_t end,
+                                 const QuantizedRows& out) {
   const bool sub16 = f.scale_kind == ScaleKind::sub16;
   const int64_t unit = sub16 ? f.act_group : preset_unit(f);
   const int32_t factor = preset_factor(f);
-  int32_t* preset = presets;
-  for (int64_t begin = 0; begin < f.k_padded; begin += f.act_group, ++scale) {
-    const int64_t end = begin + f.act_group;
-    const int32_t amax_bits = largest_bits(row, begin, end);
+  float* scale = out.scale + begin / f.act_group;
+  int32_t* preset = out.presets + begin / unit;
+  for (int64_t group = begin; group < end; group += f.act_group, ++scale) {
+    const int32_t amax_bits = largest_bits(row, group, group + f.act_group);
     float amax;
     memcpy(&amax, &amax_bits, sizeof(amax));
     const bool zero = amax_bits < kTinyBits || amax_bits >= kInfinityBits;
     *scale = amax_bits >= kInfinityBits ? __builtin_nanf("") : zero ? 0.0f : amax / 127.0f;
-    if (zero) memset(codes + begin, 0, static_cast<size_t>(f.act_group));
+    if (zero) memset(out.codes + group, 0, static_cast<size_t>(f.act_group));
     const F32 r = splat(127.0f / amax);
-    for (int64_t k = begin; k < end; k += unit) {
-      const int32_t sum = zero ? 0 : round_columns(row, k, k + unit, r, codes);
+    for (int64_t k = group; k < group + f.act_group; k += unit) {
+      const int32_t sum = zero ? 0 : round_columns(row, k, k + unit, r, out.codes);
       if (!sub16) *preset++ = factor * sum;
     }
   }
-  if (sub16) sub16_presets(f, codes, presets);
+  if (sub16) sub16_presets(f, begin, end, out);
 }
 
 inline void quantize_rows(const Format& f, const SourceRows& src, const QuantizedRows& out,
                           int64_t begin, int64_t end) {
-  const int64_t groups = f.k_padded / f.act_group, presets = presets_per_row(f);
   for (int64_t i = begin; i < end; ++i) {
-    with_row(src, i, f.k, f.k_padded, [&](const auto& row) {
-      quantize_row(f, row, out.codes + i * f.k_padded, out.scale + i * groups,
-                   out.presets + i * presets);
-    });
+    with_row(src, i, f.k, f.k_padded,
+             [&](const auto& row) { quantize_span(f, row, 0, f.k_padded, row_of(f, out, i)); });
   }
 }
 

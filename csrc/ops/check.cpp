@@ -121,6 +121,15 @@ Tensor new_tensor(const int64_t* sizes, int64_t rank, ScalarType type) {
   return Tensor(handle);
 }
 
+Tensor new_rows(const Tensor& x, int64_t n, ScalarType type) {
+  const int64_t rank = x.dim();
+  SLMOPS_CHECK(rank <= kMaxRank, "expected x of at most ", kMaxRank, " dimensions, got ", rank);
+  int64_t sizes[kMaxRank];
+  std::copy_n(x.sizes().data(), rank, sizes);
+  sizes[rank - 1] = n;
+  return new_tensor(sizes, rank, type);
+}
+
 Format packed_format(const char* op, const Tensor& packed) {
   check_type(op, "packed", packed, ScalarType::Byte);
   SLMOPS_CHECK(packed.dim() == 1 && packed.is_contiguous() && packed.is_cpu(), op,

@@ -63,6 +63,9 @@ inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) 
   return new_tensor(sizes.begin(), static_cast<int64_t>(sizes.size()), type);
 }
 
+/// One for x of [..., k] with last size n instead.
+Tensor new_rows(const Tensor& x, int64_t n, ScalarType type);
+
 /// The header of `packed` after all checks of it and of the tensor.
 Format packed_format(const char* op, const Tensor& packed);
 

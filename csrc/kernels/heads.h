@@ -1,0 +1,56 @@
+// Heads of q, k and v from fp32 scratch: norm, rotary embedding, one rounding.
+#pragma once
+#include "rms_norm.h"
+#include "rotary.h"
+
+namespace slmops::SLMOPS_ISA {
+namespace {
+
+/// The angles of row `row`; none where args have none.
+inline Angles angles_at(const HeadsArgs& args, int64_t row) {
+  if (args.cos == nullptr) return {nullptr, nullptr, DType::f32, 0};
+  const int64_t at = (row / args.length * args.angle_batch_stride + row % args.length * args.r) *
+                     size_of(args.angle_type);
+  return {static_cast<const uint8_t*>(args.cos) + at, static_cast<const uint8_t*>(args.sin) + at,
+          args.angle_type, args.r};
+}
+
+/// Heads [begin, end) of part `part` (0: q, 1: k, 2: v) of one row, at x.
+inline void finish_part(const HeadsArgs& args, int part, int64_t row, int64_t begin, int64_t end,
+                        const Angles& angles, float* x) {
+  const int64_t d = args.d, heads = args.heads[part];
+  const bool rotated = part < 2;
+  const int64_t width = rotated ? args.norm_width[part] : 0;
+  if (width > d) rms_norm_row(args.norm[part], x, DType::f32, x, DType::f32, width);
+  uint8_t* out =
+      static_cast<uint8_t*>(args.out[part]) + (row * heads + begin) * d * size_of(args.type);
+  for (int64_t head = begin; head < end; ++head, x += d, out += d * size_of(args.type)) {
+    if (width == d) rms_norm_row(args.norm[part], x, DType::f32, x, DType::f32, d);
+    if (rotated && angles.r > 0) {
+      rotate_head(angles, args.interleaved, x, DType::f32, out, args.type, d);
+    } else {
+      convert(x, DType::f32, out, args.type, d);
+    }
+  }
+}
+
+inline void heads(const HeadsArgs& args, float* x, int64_t stride, int64_t row, int64_t rows,
+                  int64_t head, int64_t count) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const Angles angles = angles_at(args, row + i);
+    int64_t part_begin = 0;  // in heads of the whole row
+    for (int part = 0; part < 3; ++part) {
+      const int64_t part_end = part_begin + args.heads[part];
+      const int64_t begin = head > part_begin ? head : part_begin;
+      const int64_t end = head + count < part_end ? head + count : part_end;
+      if (begin < end) {
+        finish_part(args, part, row + i, begin - part_begin, end - part_begin, angles,
+                    x + i * stride + (begin - head) * args.d);
+      }
+      part_begin = part_end;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace slmops::SLMOPS_ISA

@@ -1,0 +1,107 @@
+// Activations of a slab, the cut of its work, and the checks of what comes with a packed weight.
+#include "matmul.h"
+
+namespace slmops {
+namespace {
+
+constexpr int64_t kSlabBytes = 16 << 20;
+constexpr int64_t kMostBlockRows = 256;  // a block's chunk of activations is in the L2 cache
+constexpr int64_t kLeastBlockRows = 48;  // fewer would unpack a tile's weights for too little work
+constexpr int64_t kPassRows = 4;         // blocks are multiples of what fills the registers
+
+int64_t block_rows(int64_t units, int64_t rows) {
+  if (rows <= kLeastBlockRows) return rows;
+  // Four items per thread keep the uneven end of their shares short.
+  const int64_t wanted_items = 4 * int64_t{torch::stable::get_num_threads()};
+  int64_t blocks = (rows + kMostBlockRows - 1) / kMostBlockRows;
+  blocks = std::max(blocks, std::min((wanted_items + units - 1) / units, rows / kLeastBlockRows));
+  const int64_t even = (rows + blocks - 1) / blocks;
+  return (even + kPassRows - 1) / kPassRows * kPassRows;
+}
+
+}  // namespace
+
+int64_t slab_rows(int64_t row_bytes) {
+  return std::max<int64_t>(kPassRows, kSlabBytes / row_bytes / kPassRows * kPassRows);
+}
+
+int64_t activation_bytes(const Format& f, int64_t rows) {
+  if (!is_int8(f)) return aligned_bytes(rows * f.k_padded * int64_t{sizeof(float)});
+  return aligned_bytes(rows * f.k_padded) +
+         aligned_bytes(rows * (f.k_padded / f.act_group) * int64_t{sizeof(float)}) +
+         aligned_bytes(rows * presets_per_row(f) * int64_t{sizeof(int32_t)});
+}
+
+SlabActivations take_activations(const Format& f, int64_t rows, Scratch* scratch) {
+  if (!is_int8(f)) return {{}, scratch->take<float>(rows * f.k_padded)};
+  return {{scratch->take<int8_t>(rows * f.k_padded),
+           scratch->take<float>(rows * (f.k_padded / f.act_group)),
+           scratch->take<int32_t>(rows * presets_per_row(f))},
+          nullptr};
+}
+
+void fill_activations(const Format& f, const SourceRows& src, int64_t rows,
+                      const SlabActivations& out) {
+  const KernelTable& table = kernels();
+  parallel(rows, share_count(rows, f.k_padded * 8), [&](int64_t, int64_t begin, int64_t end) {
+    if (is_int8(f)) {
+      table.quantize_rows(f, src, out.quantized, begin, end);
+    } else {
+      table.widen_rows(f, src, out.wide, begin, end);
+    }
+  });
+}
+
+LinearArgs linear_args(const Format& f, const uint8_t* packed, const SlabActivations& x) {
+  return {.format = &f,
+          .packed = packed,
+          .rows = x.quantized,
+          .x = x.wide,
+          .bias = nullptr,
+          .bias_type = DType::f32,
+          .out = nullptr,
+          .out_type = DType::f32,
+          .out_stride = 0,
+          .first_row = 0,
+          .first_output = 0,
+          .scratch = nullptr};
+}
+
+Cut cut_work(int64_t units, int64_t rows, int64_t cost) {
+  const int64_t block = block_rows(units, rows);
+  const int64_t items = units * ((rows + block - 1) / block);
+  return {units, rows, block, items, share_count(items, block * cost)};
+}
+
+Format weight_format(const char* op, const char* argument, const Tensor& packed, int64_t n,
+                     const char* what, const Tensor& x) {
+  const Format f = packed_format(op, packed);
+  SLMOPS_CHECK(f.n == n, op, ": expected ", what, " == ", f.n, " (n of the packed weight ",
+               argument, "), got ", n);
+  SLMOPS_CHECK(x.dim() >= 1, op, ": expected x with at least one dimension, got a scalar");
+  SLMOPS_CHECK(last_size(x) == f.k, op, ": expected x.size(-1) == ", f.k,
+               " (k of the packed weight ", argument, "), got ", last_size(x));
+  return f;
+}
+
+Bias::Bias(const char* op, const char* argument, const std::optional<Tensor>& bias, int64_t n) {
+  if (!bias.has_value()) return;
+  check_shape(op, argument, *bias, {n});
+  type = float_type(op, argument, bias->scalar_type());
+  owner = to_contiguous(*bias);
+}
+
+Permutation::Permutation(const char* op, const std::optional<Tensor>& perm, int64_t k) {
+  if (!perm.has_value()) return;
+  check_type(op, "perm", *perm, ScalarType::Long);
+  check_shape(op, "perm", *perm, {k});
+  owner = to_contiguous(*perm);
+  uint64_t out_of_range = 0;
+  for (int64_t i = 0; i < k; ++i) {
+    out_of_range |= static_cast<uint64_t>(data()[i]) >= static_cast<uint64_t>(k);
+  }
+  SLMOPS_CHECK(out_of_range == 0, op, ": expected perm to hold columns in 0..", k - 1,
+               ", got one outside");
+}
+
+}  // namespace slmops

@@ -1,0 +1,81 @@
+// What the ops on packed weights share: activations prepared once per slab of rows, and the cut of
+// a slab's work into shares.
+//
+// Neither slabs nor blocks of rows nor shares can change a result: an output depends on its own
+// row and tile alone.
+#pragma once
+#include <algorithm>
+
+#include "../isa/isa.h"
+#include "check.h"
+#include "parallel.h"
+#include "scratch.h"
+
+namespace slmops {
+
+constexpr bool is_int8(const Format& f) { return f.activations == Activations::int8; }
+
+/// Rows of a slab: bounds the scratch of long prompts, which takes `row_bytes` a row.
+int64_t slab_rows(int64_t row_bytes);
+
+/// The activations of a slab as a packed weight's mode wants them.
+struct SlabActivations {
+  QuantizedRows quantized;  // int8
+  float* wide;              // float: [rows][k_padded]
+};
+
+/// Scratch bytes of the activations of `rows` rows.
+int64_t activation_bytes(const Format& f, int64_t rows);
+SlabActivations take_activations(const Format& f, int64_t rows, Scratch* scratch);
+/// Quantizes or widens `rows` rows of `src`.
+void fill_activations(const Format& f, const SourceRows& src, int64_t rows,
+                      const SlabActivations& out);
+
+/// A weight with its activations and no bias, outputs in fp32; the caller sets what differs.
+LinearArgs linear_args(const Format& f, const uint8_t* packed, const SlabActivations& x);
+
+/// A slab's work: `units` of outputs times blocks of `block` rows, in `shares`.
+struct Cut {
+  int64_t units, rows, block, items, shares;
+};
+
+/// Blocks are small enough for a core's cache, and many enough for all threads; `cost` of a row of
+/// a unit is in multiply-adds.
+Cut cut_work(int64_t units, int64_t rows, int64_t cost);
+
+/// Calls body(share, unit, first row, last row) for all units and blocks.
+template <class Body>
+void run_cut(const Cut& cut, const Body& body) {
+  parallel(cut.items, cut.shares, [&](int64_t share, int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first = item / cut.units * cut.block;
+      body(share, item % cut.units, first, std::min(first + cut.block, cut.rows));
+    }
+  });
+}
+
+/// The packed weight `packed` after checks that it has `n` outputs and as many inputs as x has
+/// columns; `what` and `argument` name them in errors.
+Format weight_format(const char* op, const char* argument, const Tensor& packed, int64_t n,
+                     const char* what, const Tensor& x);
+
+/// A 1-D bias of n elements, absent or present, and its owner.
+struct Bias {
+  Bias(const char* op, const char* argument, const std::optional<Tensor>& bias, int64_t n);
+  const void* data() const { return owner ? owner->const_data_ptr() : nullptr; }
+
+  std::optional<Tensor> owner;
+  DType type = DType::f32;
+};
+
+/// The order of columns, absent or present, and its owner.
+struct Permutation {
+  Permutation(const char* op, const std::optional<Tensor>& perm, int64_t k);
+  const int64_t* data() const {
+    return owner ? static_cast<const int64_t*>(owner->const_data_ptr()) : nullptr;
+  }
+
+  std::optional<Tensor> owner;
+};
+
+}  // namespace slmops
