@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import python_ops  # noqa: F401 - defines ops that have no C++ yet
+
 import torch_slmops
 
 # The same examples every time, so that a failure is the change's. `explore` looks for new ones.

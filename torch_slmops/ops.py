@@ -7,7 +7,7 @@ are `RuntimeError`s that say what was expected and what came, except where noted
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -23,7 +23,11 @@ __all__ = [
     "linear",
     "pack_",
     "packed_bytes",
+    "qkv_rotary",
     "quantize",
+    "rms_norm",
+    "rotary",
+    "swiglu",
     "unpack",
 ]
 
@@ -35,6 +39,8 @@ _SUB_GROUP = 16
 
 def _fake(op: str) -> Callable[[_Function], _Function]:
     """Makes a function the fake of `slmops::<op>`: the shapes and dtypes without the values."""
+    if not hasattr(_ops, op):  # no C++ yet: tests/python_ops.py defines it
+        return lambda function: function
     register: Any = torch.library.register_fake
     decorator: Callable[[_Function], _Function] = register(f"slmops::{op}")
     return decorator
@@ -229,6 +235,186 @@ def _embedding_fake(ids: Tensor, packed: Tensor, dim: int, dtype: torch.dtype) -
     return ids.new_empty((*ids.shape, dim), dtype=dtype)
 
 
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    cast_before_weight: bool,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y = x / sqrt(mean(x^2) + eps) * (offset + weight), over the last dimension.
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16.
+        weight: [K], float32, bfloat16 or float16.
+        eps: Added to the mean of the squares.
+        offset: Added to the weight: 1 for models that store the weight minus one, else 0.
+        cast_before_weight: Rounds to the dtype of x before the multiplication by the weight.
+        out_dtype: dtype of the result; that of `x` by default.
+
+    Returns:
+        [..., K], contiguous.
+    """
+    y: Tensor = _ops.rms_norm.default(x, weight, eps, offset, cast_before_weight, out_dtype)
+    return y
+
+
+@_fake("rms_norm")
+def _rms_norm_fake(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    cast_before_weight: bool,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=out_dtype or x.dtype)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotary position embedding: y_i = x_i cos_i - x_j sin_i, y_j = x_j cos_j + x_i sin_j.
+
+    Args:
+        x: [B, L, H, D], float32, bfloat16 or float16.
+        cos: [B or 1, L, R], float32; R is even and at most D: what is beyond passes through.
+        sin: Likewise.
+        interleaved: The pairs (i, j) are (2p, 2p + 1); otherwise (p, p + R / 2).
+
+    Returns:
+        [B, L, H, D] of the dtype of x, contiguous.
+    """
+    y: Tensor = _ops.rotary.default(x, cos, sin, interleaved)
+    return y
+
+
+@_fake("rotary")
+def _rotary_fake(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def qkv_rotary(
+    x: Tensor,
+    packed: Tensor,
+    heads_q_k_v: Sequence[int],
+    head_dim: int,
+    bias: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    offset: float,
+    cast_before_weight: bool,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    perm: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v = linear(x), then norm and rotary of q and k; all in float32, rounded once.
+
+    Args:
+        x: [B, L, K], float32, bfloat16 or float16.
+        packed: uint8 [bytes], a packed weight whose rows are those of q, k and v in this order.
+        heads_q_k_v: The numbers of heads.
+        head_dim: D.
+        bias: [N] with N = the sum of the heads times D, or None.
+        q_norm: RMS norm weight of each head, [D], or of all of q, [heads * D]; None for no norm.
+        k_norm: Likewise.
+        eps, offset, cast_before_weight: As in `rms_norm`, whose x is float32 here: nothing is
+            rounded in between.
+        cos, sin, interleaved: As in `rotary`; None for no rotary embedding.
+        perm: As in `linear`.
+
+    Returns:
+        q, k, v: [B, L, heads, D] of the dtype of x, contiguous.
+    """
+    parts: tuple[Tensor, Tensor, Tensor] = _ops.qkv_rotary.default(
+        x,
+        packed,
+        heads_q_k_v,
+        head_dim,
+        bias,
+        q_norm,
+        k_norm,
+        eps,
+        offset,
+        cast_before_weight,
+        cos,
+        sin,
+        interleaved,
+        perm,
+    )
+    return parts
+
+
+@_fake("qkv_rotary")
+def _qkv_rotary_fake(
+    x: Tensor,
+    packed: Tensor,
+    heads_q_k_v: Sequence[int],
+    head_dim: int,
+    bias: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    offset: float,
+    cast_before_weight: bool,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    perm: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _same_device("qkv_rotary", "x", x, packed)
+    q, k, v = (x.new_empty((*x.shape[:-1], heads, head_dim)) for heads in heads_q_k_v)
+    return q, k, v
+
+
+def swiglu(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    hidden: int,
+    out_features: int,
+    activation: str,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """y = down(activation(gate(x)) * up(x)); float32 between the projections, rounded once.
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16.
+        gate_up: uint8 [bytes], a packed weight of 64 * ceil(hidden / 32) rows: 32 of the gate, 32
+            of up, alternating; what pads each to a multiple of 32 has the scale 0.
+        down: uint8 [bytes], a packed weight of `out_features` rows and `hidden` inputs.
+        hidden: Rows of the gate, and of up.
+        out_features: N.
+        activation: "silu", "gelu_tanh", "gelu" or "relu2".
+        gate_up_bias: [2 * hidden], the gate's, then up's.
+        down_bias: [N].
+
+    Returns:
+        [..., N] of the dtype of x, contiguous.
+    """
+    y: Tensor = _ops.swiglu.default(
+        x, gate_up, down, hidden, out_features, activation, gate_up_bias, down_bias
+    )
+    return y
+
+
+@_fake("swiglu")
+def _swiglu_fake(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    hidden: int,
+    out_features: int,
+    activation: str,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    _same_device("swiglu", "x", x, gate_up)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
 class Header(NamedTuple):
     """What a packed weight says about itself; the sizes are numbers of weights."""
 
@@ -316,6 +502,6 @@ def _refuse_device(op: str, device: str) -> Callable[..., NoReturn]:
 
 
 _library: Any = torch.library.Library("slmops", "IMPL")  # type: ignore[no-untyped-call]
-for _op in ("linear", "embedding"):
+for _op in ("linear", "embedding", "rms_norm", "rotary", "qkv_rotary", "swiglu"):
     for _device in ("CUDA", "MPS", "XPU"):
         _library.impl(_op, _refuse_device(_op, _device), _device)

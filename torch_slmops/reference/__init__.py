@@ -1,7 +1,6 @@
 """The executable specification: every op in plain torch, bit for bit what the kernels compute.
 
-`quantize`, `unpack`, `linear` and `embedding` have the signatures of `torch_slmops.ops`; `pack`
-returns the buffer that `ops.pack_` fills. docs/arithmetic.md says in words what is computed here.
+The functions have the names and signatures of `torch_slmops.ops`, except that `pack` returns the buffer that `ops.pack_` fills. docs/arithmetic.md says in words what is computed here.
 Nothing is shared with the C++, and nothing is fast: it exists to be read and to be compared with.
 """
 
@@ -15,18 +14,24 @@ from torch_slmops.reference.arithmetic import (
 )
 from torch_slmops.reference.choose import quantize
 from torch_slmops.reference.compute import embedding, linear, quantize_rows
+from torch_slmops.reference.fused import activate, qkv_rotary, rms_norm, rotary, swiglu
 from torch_slmops.reference.layout import pack, unpack
 
 __all__ = [
+    "activate",
     "canonical_nan",
     "embedding",
     "fma32",
     "linear",
     "pack",
+    "qkv_rotary",
     "quantize",
     "quantize_rows",
     "reduce16",
+    "rms_norm",
+    "rotary",
     "round_to",
+    "swiglu",
     "to_bf16",
     "to_f16",
     "unpack",
