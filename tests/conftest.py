@@ -6,10 +6,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import python_ops  # noqa: F401 - defines ops that have no C++ yet
 import torch
 from hypothesis import HealthCheck, settings
-
-import python_ops  # noqa: F401 - defines ops that have no C++ yet
 
 import torch_slmops
 

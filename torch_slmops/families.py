@@ -135,7 +135,7 @@ _CONFIG_HEADS = ("config.num_attention_heads", "config.num_key_value_heads")
 
 # The first row that fits is taken. A family that differs from another only in its decoder layer
 # (multipliers, places of the norms) or in the numbers of its config needs no row: SmolLM2 and
-# Granite are "llama", Gemma 3 and Qwen3-MoE are "qwen3".
+# Granite are "llama".
 _ROWS: list[Row] = [
     RMSNorm("llama norm", eps="variance_epsilon", cast_before_weight=True),
     RMSNorm("olmo2 norm", eps="variance_epsilon"),
@@ -143,9 +143,7 @@ _ROWS: list[Row] = [
     RMSNorm("torch norm"),
     GatedMLP("gated MLP"),
     GatedMLP("phi3 MLP", gate_up=("gate_up_proj",), activation="activation_fn"),
-    GatedMLP(
-        "modernbert MLP", gate_up=("Wi",), down="Wo", activation="act", dropouts=("drop",)
-    ),
+    GatedMLP("modernbert MLP", gate_up=("Wi",), down="Wo", activation="act", dropouts=("drop",)),
     Experts("experts"),
     Attention("smollm3", rotary_flag="use_rope", options=(_WINDOW,)),
     Attention("gemma2", options=(_WINDOW, ("softcap", "attn_logit_softcapping"))),
@@ -154,7 +152,7 @@ _ROWS: list[Row] = [
     Attention("llama"),
     Attention("mistral", options=(_CONFIG_WINDOW,)),
     Attention("cohere", rotary="interleaved"),
-    Attention("qwen3", norms=_QK_NORMS, options=(_WINDOW,)),
+    Attention("qwen3, gemma3", norms=_QK_NORMS, options=(_WINDOW,)),
     Attention("olmo2", norms=_QK_NORMS),
     Attention(
         "phi3",

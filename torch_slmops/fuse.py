@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -99,15 +100,18 @@ def looks_like_a_block(module: nn.Module) -> bool:
     return linears >= 2 or any(p is not None and p.dim() >= 3 for p in module._parameters.values())
 
 
-def find_blocks(model: nn.Module, todo: list[Site], chosen: Callable[[str], bool]) -> Plan:
+def find_blocks(
+    model: nn.Module, sites: list[Site], todo: list[Site], chosen: Callable[[str], bool]
+) -> Plan:
     """Finds the blocks of `model` that can be fused.
 
     Args:
         model: The model.
-        todo: The linear layers that will be packed in the format of layers.
+        sites: All that can be packed, and what cannot.
+        todo: Those that will be packed.
         chosen: Whether a block of this name may be fused.
     """
-    finder = _Finder(model, todo, chosen)
+    finder = _Finder(model, sites, todo, chosen)
     for name, module in model.named_modules():
         finder.look_at(name, module)
     finder.look_at_rotary_tables()
@@ -116,17 +120,24 @@ def find_blocks(model: nn.Module, todo: list[Site], chosen: Callable[[str], bool
 
 class _Finder:
     def __init__(
-        self, model: nn.Module, todo: list[Site], chosen: Callable[[str], bool]
+        self,
+        model: nn.Module,
+        sites: list[Site],
+        todo: list[Site],
+        chosen: Callable[[str], bool],
     ) -> None:
         self.model = model
         self.chosen = chosen
         self.plan = Plan()
         self.sites = {site.module: site for site in todo if not site.is_head}
+        self.obstacles = {site.module: site.obstacle for site in sites}
         self.parents = Counter(
             child for module in model.modules() for child in set(module._modules.values())
         )
         self.owners = Counter(
-            weight_key(site.module.weight) for site in todo if isinstance(site.module.weight, Tensor)
+            weight_key(site.module.weight)
+            for site in todo
+            if isinstance(site.module.weight, Tensor)
         )
 
     def look_at(self, name: str, module: nn.Module) -> None:
@@ -175,7 +186,8 @@ class _Finder:
             if isinstance(child, PackedModule):
                 return Left(what, f"its {n} was packed before, without fusing", asked=True)
             if child not in self.sites:
-                return Left(what, f"its {n} is not packed in the format of layers", asked=True)
+                why = self.obstacles[child] or "not chosen (include, exclude, lm_head)"
+                return Left(what, f"its {n}: {why}", asked=self.obstacles[child] is None)
             if self.parents[child] > 1 or self.owners[weight_key(self._weight(child))] > 1:
                 return Left(what, f"its {n} is shared with another module")
         taken = children[:-1] if isinstance(spec, MLPSpec) else children
@@ -186,7 +198,7 @@ class _Finder:
             return Left(what, "its projections have weights of several dtypes")
         biases = {None if layer.bias is None else layer.bias.dtype for layer in layers}
         if len(biases) > 1:
-            return Left(what, "some of its projections have a bias, some have none or another dtype")
+            return Left(what, "its projections have biases and none, or of several dtypes")
         packed = getattr(spec, "packed", None)
         if packed is not None and packed not in names and hasattr(module, packed):
             return Left(what, f"it has an attribute {packed!r}, where fused weights go")
@@ -200,21 +212,16 @@ class _Finder:
     def look_at_rotary_tables(self) -> None:
         """Takes over rotary tables that no other module than fused attentions can see."""
         fused = {b.module for b in self.plan.blocks if isinstance(b.spec, AttentionSpec)}
+        fused.update(m for m in self.model.modules() if isinstance(m, FusedAttention))
         for name, parent in self.model.named_modules():
             module = parent._modules.get("rotary_emb")
             if module is None or isinstance(module, Fused):
                 continue
             path = f"{name}.rotary_emb" if name else "rotary_emb"
             spec: RotarySpec | str = match_rotary(module)
-            others = [
-                m
-                for m in parent.modules()
-                if "Attention" in type(m).__name__
-                and m not in fused
-                and not isinstance(m, FusedAttention)
-            ]
-            if others and not isinstance(spec, str):
-                spec = f"{type(others[0]).__name__} uses them and is not fused"
+            other = next((m for m in parent.modules() if _may_use_tables(m, fused)), None)
+            if not isinstance(spec, str) and other is not None and other is not parent:
+                spec = f"{type(other).__name__} uses them and is not fused"
             if not isinstance(spec, str) and self.parents[module] > 1:
                 spec = "it is shared"
             if isinstance(spec, str):
@@ -224,6 +231,13 @@ class _Finder:
                 self._leave(path, module, "not chosen (include, exclude)", asked=True)
             else:
                 self.plan.blocks.append(Block(path, module, spec))
+
+
+def _may_use_tables(module: nn.Module, fused: set[nn.Module]) -> bool:
+    """Whether rotary tables may reach `module`, and no fused attention inside it."""
+    named = "Attention" in type(module).__name__
+    takes = "position_embeddings" in inspect.signature(type(module).forward).parameters
+    return (named or takes) and not any(inner in fused for inner in module.modules())
 
 
 def build(block: Block, quantize: Quantize, pack: Pack) -> Swap:

@@ -6,7 +6,6 @@ old forward is a `super()` away: it runs, on the packed projections, whatever a 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -103,9 +102,13 @@ class Fused(nn.Module):
         kind, base = type(self).__bases__
         return _bare, (kind, base), dict(vars(self))
 
+    def describe(self) -> str:
+        """Returns in a few words what was fused."""
+        raise NotImplementedError
+
     def _inner(self) -> tuple[str, ...]:
         """Children that the fused forward passes by."""
-        raise NotImplementedError
+        return ()
 
     def _passes(self, x: object) -> bool:
         """Whether the fused forward may take x: no gradient, no hook on what it passes by."""
@@ -126,10 +129,16 @@ class Fused(nn.Module):
         return True
 
 
-@functools.cache
+_classes: dict[tuple[type, type], type[Fused]] = {}
+
+
 def fused_class(kind: type[Fused], base: type[nn.Module]) -> type[Fused]:
     """Returns the subclass of `base` whose forward is that of `kind`."""
-    return type(f"Fused{base.__name__}", (kind, base), {"__module__": base.__module__})
+    made = _classes.get((kind, base))
+    if made is None:
+        made = type(f"Fused{base.__name__}", (kind, base), {"__module__": base.__module__})
+        _classes[kind, base] = made
+    return made
 
 
 def _bare(kind: type[Fused], base: type[nn.Module]) -> Fused:
@@ -143,8 +152,8 @@ class FusedRMSNorm(Fused):
     weight: Tensor
     slmops: NormSpec
 
-    def _inner(self) -> tuple[str, ...]:
-        return ()
+    def describe(self) -> str:
+        return f"rms_norm ({self.slmops.row.name})"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or not self._passes(args[0]):
@@ -160,6 +169,11 @@ class FusedMLP(Fused):
     """A gated MLP by the op `swiglu`."""
 
     slmops: MLPSpec
+
+    def describe(self) -> str:
+        gate_up = self._modules[self.slmops.packed]
+        assert isinstance(gate_up, GateUp)
+        return f"swiglu ({self.slmops.row.name}): {self.slmops.activation}, {gate_up.hidden} wide"
 
     def _inner(self) -> tuple[str, ...]:
         row = self.slmops.row
@@ -191,8 +205,14 @@ class FusedExperts(Fused):
     down: nn.ModuleList
     slmops: ExpertsSpec
 
+    def describe(self) -> str:
+        return (
+            f"swiglu ({self.slmops.row.name}): {self.slmops.activation}, {len(self.down)} experts"
+        )
+
     def _inner(self) -> tuple[str, ...]:
-        return ()
+        row = self.slmops.row
+        return (row.activation,) if row.activation in self._modules else ()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Returns [T, N]: per token, in float32, experts ascending, one rounding.
@@ -237,6 +257,16 @@ class FusedAttention(Fused):
 
     slmops: AttentionSpec
 
+    def describe(self) -> str:
+        spec = self.slmops
+        q, k, v = spec.heads
+        words = [f"qkv_rotary ({spec.row.name}): {q} + {k} + {v} heads of {spec.head_dim}"]
+        if spec.norm is not None:
+            words.append("norms of q and k")
+        if spec.rotary_width:
+            words.append("rotary" + (" interleaved" if spec.row.rotary == "interleaved" else ""))
+        return ", ".join(words)
+
     def _inner(self) -> tuple[str, ...]:
         row = self.slmops.row
         return (*row.projections, *(row.norms or ()))
@@ -251,8 +281,8 @@ class FusedAttention(Fused):
         if len(args) > len(spec.parameters):
             return super().forward(*args, **kwargs)
         kwargs.update(zip(spec.parameters, args, strict=False))
-        x, tables = kwargs.get("hidden_states"), kwargs.get("position_embeddings")
-        cache = kwargs.get("past_key_values")
+        x: Any = kwargs.get("hidden_states")
+        tables, cache = kwargs.get("position_embeddings"), kwargs.get("past_key_values")
         if (
             not self._passes(x)
             or not self._knows(x, tables)
@@ -260,7 +290,8 @@ class FusedAttention(Fused):
         ):
             return super().forward(**_rounded_tables(kwargs))
         q, k, v = self.project(x, tables)
-        rest = {name: kwargs[name] for name in kwargs if name not in _OWN + spec.row.drops}
+        consumed = _OWN + spec.row.drops
+        rest = {name: kwargs[name] for name in kwargs if name not in consumed}
         mask = kwargs.get("attention_mask")
         return attend(self, spec, (q, k, v), mask, cache, _attention_functions(), rest)
 
@@ -283,27 +314,32 @@ class FusedAttention(Fused):
         return fits and cos.shape == sin.shape and cos.shape[1] == x.shape[1]
 
     def project(self, x: Tensor, tables: Tables | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns q, k, v, each [B, L, heads, head_dim], for x of [B, L, K]."""
+        """Returns q, k, v, each [B, L, heads, head_dim], for x of [B, L, K].
+
+        `tables`: cos and sin, [B, L, R], [1, L, R] or [L, R].
+        """
         spec = self.slmops
         qkv = self._modules[spec.packed]
         assert isinstance(qkv, Linear)
-        q_norm = k_norm = None
+        norms: list[Any] = [None, None]
         eps, offset, cast = 0.0, 0.0, False
         if spec.norm is not None and spec.row.norms is not None:
-            q_norm, k_norm = (self._modules[name].weight for name in spec.row.norms)  # type: ignore[union-attr]
+            norms = [getattr(self, name).weight for name in spec.row.norms]
             eps, row = spec.norm.eps, spec.norm.row
             offset, cast = row.offset, row.cast_before_weight
         cos = sin = None
         if spec.rotary_width != 0 and tables is not None:
-            cos, sin = tables[0].float(), tables[1].float()
+            cos, sin = (table.float() for table in tables)
+            if cos.dim() == 2:
+                cos, sin = cos[None], sin[None]
         return _qkv_rotary(
             x,
             qkv.packed,
             spec.heads,
             spec.head_dim,
             qkv.bias,
-            q_norm,
-            k_norm,
+            norms[0],
+            norms[1],
             eps,
             offset,
             cast,
@@ -314,7 +350,7 @@ class FusedAttention(Fused):
 
 
 def attend(
-    module: nn.Module,
+    module: Any,
     spec: AttentionSpec,
     qkv: tuple[Tensor, Tensor, Tensor],
     mask: Any,
@@ -342,7 +378,7 @@ def attend(
     if cache is not None:
         k, v = cache.update(k, v, module.layer_idx)
     row = spec.row
-    function = functions.get_interface(module.config._attn_implementation, spec.eager)  # type: ignore[union-attr]
+    function = functions.get_interface(module.config._attn_implementation, spec.eager)
     for name, source in row.options:
         kwargs[name] = read(module, source)
     scaling = spec.head_dim**-0.5 if row.scaling is None else read(module, row.scaling)

@@ -45,8 +45,8 @@ class FusedRotary(Fused):
 
     slmops: RotarySpec
 
-    def _inner(self) -> tuple[str, ...]:
-        return ()
+    def describe(self) -> str:
+        return "tables in float32"
 
     def forward(
         self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
@@ -75,11 +75,10 @@ def match_rotary(module: nn.Module) -> RotarySpec | str:
     config = getattr(module, "config", None)
     if config is None or not isinstance(kinds, str | dict) or "forward" in vars(module):
         return "not a rotary module of a known structure"
-    named = isinstance(kinds, dict)
     parameters = list(inspect.signature(known.forward).parameters)
-    if parameters != ["x", "position_ids"] + ["layer_type"] * named:
-        if parameters != ["x", "position_ids", "layer_type"]:
-            return "its forward takes arguments that are not known"
+    expected = ["x", "position_ids", "layer_type"]
+    if parameters != expected and (isinstance(kinds, dict) or parameters != expected[:2]):
+        return "its forward takes arguments that are not known"
     tables: dict[str | None, _Table] = {}
     for layer_type, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
         prefix = "" if layer_type is None else f"{layer_type}_"
@@ -89,7 +88,9 @@ def match_rotary(module: nn.Module) -> RotarySpec | str:
         scaling = getattr(module, f"{prefix}attention_scaling", None)
         if not isinstance(theirs, Tensor) or not isinstance(scaling, int | float):
             return "not a rotary module of a known structure"
-        options = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+        options = (
+            config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+        )
         try:
             inv_freq = _frequencies(kind, options, config, 2 * theirs.numel())
         except (KeyError, TypeError, ZeroDivisionError) as error:

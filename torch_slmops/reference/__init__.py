@@ -1,6 +1,7 @@
 """The executable specification: every op in plain torch, bit for bit what the kernels compute.
 
-The functions have the names and signatures of `torch_slmops.ops`, except that `pack` returns the buffer that `ops.pack_` fills. docs/arithmetic.md says in words what is computed here.
+The functions have the names and signatures of `torch_slmops.ops`, except that `pack` returns the
+buffer that `ops.pack_` fills. docs/arithmetic.md says in words what is computed here.
 Nothing is shared with the C++, and nothing is fast: it exists to be read and to be compared with.
 """
 

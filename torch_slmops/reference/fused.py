@@ -79,8 +79,8 @@ def qkv_rotary(
     Arguments and result as there.
     """
     rows = linear(x, packed, sum(heads_q_k_v) * head_dim, bias, perm, torch.float32)
-    parts = rows.split([heads * head_dim for heads in heads_q_k_v], -1)
-    found = []
+    parts = torch.split(rows, [heads * head_dim for heads in heads_q_k_v], -1)
+    found: list[Tensor] = []
     for part, heads, weight in zip(parts, heads_q_k_v, (q_norm, k_norm, None), strict=True):
         y = part.contiguous()
         shape = (*x.shape[:-1], heads, head_dim)
