@@ -105,6 +105,7 @@ class Attention:
             `(module, qkv, *args, **kwargs)` that does what the module's forward does with these
             arguments, where `qkv(x, tables)` with tables (cos, sin) or None gives q, k and v,
             [B, L, heads, head_dim].
+        children: With `forward`: children of the module besides the projections and norms.
         inputs: With `forward`: a function of the module that gives args and kwargs, float32, to
             compare it on.
     """
@@ -123,6 +124,7 @@ class Attention:
     options: tuple[tuple[str, str], ...] = ()
     drops: tuple[str, ...] = ()
     forward: Callable[..., Any] | None = None
+    children: tuple[str, ...] = ()
     inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
 
 

@@ -132,7 +132,7 @@ class _Finder:
         self.sites = {site.module: site for site in todo if not site.is_head}
         self.obstacles = {site.module: site.obstacle for site in sites}
         self.parents = Counter(
-            child for module in model.modules() for child in set(module._modules.values())
+            child for module in model.modules() for child in module._modules.values()
         )
         self.owners = Counter(
             weight_key(site.module.weight)
@@ -152,7 +152,11 @@ class _Finder:
             if not isinstance(found, str) or not found.startswith("no family"):
                 spec = found
         if isinstance(spec, str):
-            if looks_like_a_block(module):
+            packed = [n for n, c in module._modules.items() if isinstance(c, PackedModule)]
+            if looks_like_a_block(module) and packed:
+                why = f"its {packed[0]} was packed before, without fusing"
+                self._leave(name, module, why, asked=True)
+            elif looks_like_a_block(module):
                 self._leave(name, module, spec)
             return
         if not self.chosen(name):
@@ -183,8 +187,6 @@ class _Finder:
         children = [module._modules[n] for n in names]
         for n, child in zip(names, children, strict=True):
             assert child is not None
-            if isinstance(child, PackedModule):
-                return Left(what, f"its {n} was packed before, without fusing", asked=True)
             if child not in self.sites:
                 why = self.obstacles[child] or "not chosen (include, exclude, lm_head)"
                 return Left(what, f"its {n}: {why}", asked=self.obstacles[child] is None)
@@ -219,9 +221,9 @@ class _Finder:
                 continue
             path = f"{name}.rotary_emb" if name else "rotary_emb"
             spec: RotarySpec | str = match_rotary(module)
-            other = next((m for m in parent.modules() if _may_use_tables(m, fused)), None)
-            if not isinstance(spec, str) and other is not None and other is not parent:
-                spec = f"{type(other).__name__} uses them and is not fused"
+            others = [m for m in parent.modules() if m is not parent and _may_use_tables(m, fused)]
+            if not isinstance(spec, str) and others:
+                spec = f"{type(others[-1]).__name__} uses them and is not fused"
             if not isinstance(spec, str) and self.parents[module] > 1:
                 spec = "it is shared"
             if isinstance(spec, str):

@@ -21,6 +21,7 @@ __all__ = ["match_attention", "match_experts", "match_mlp", "match_norm"]
 
 _Row = TypeVar("_Row", Attention, GatedMLP, Experts, RMSNorm)
 _UNKNOWN = "no family has its structure"
+_LACKS = "it lacks an attribute of that family"
 # What an attention's forward may take by name: everything else would be a feature unknown here.
 _PARAMETERS = {
     "hidden_states",
@@ -56,7 +57,7 @@ def _replaced(module: nn.Module) -> bool:
 
 
 def _are_linear(module: nn.Module, names: Iterable[str]) -> bool:
-    return all(type(module._modules[name]) in (nn.Linear, Linear) for name in names)
+    return all(type(module._modules[name]) is nn.Linear for name in names)
 
 
 def _are_dropouts(module: nn.Module, names: Iterable[str]) -> bool:
@@ -75,10 +76,10 @@ def _sources_exist(module: nn.Module, sources: Iterable[str | None]) -> bool:
 
 def match_norm(module: nn.Module) -> NormSpec | str:
     """Returns what RMS norm `module` is, or why none."""
-    reason = _UNKNOWN
+    tried: list[str] = []
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 1 or not _has_parts(module, (), ("weight",)):
-        return reason
+        return _UNKNOWN
     if _replaced(module):
         return "a method of it was replaced"
     for row in _rows_of(RMSNorm):
@@ -89,39 +90,39 @@ def match_norm(module: nn.Module) -> NormSpec | str:
         found = difference(module, spec)
         if found is None:
             return spec
-        reason = f"not {row.name}: {found}"
-    return reason
+        tried.append(f"not {row.name}: {found}")
+    return "; ".join(tried) or _UNKNOWN
 
 
 def match_mlp(module: nn.Module) -> MLPSpec | str:
     """Returns what gated MLP `module` is, or why none."""
-    reason = _UNKNOWN
+    tried: list[str] = []
     for row in _rows_of(GatedMLP):
         function = (row.activation,) if row.activation in _children(module) else ()
         linears = (*row.gate_up, row.down)
         if not _has_parts(module, (*linears, *row.dropouts, *function), ()):
             continue
         if not _are_linear(module, linears) or not _are_dropouts(module, row.dropouts):
-            reason = f"not {row.name}: a projection is not an nn.Linear"
+            tried.append(f"not {row.name}: a projection is not an nn.Linear")
             continue
         if _replaced(module):
             return "a method of it was replaced"
         kind = activation_kind(module, row.activation)
         if kind is None:
-            reason = f"not {row.name}: its activation is none of {', '.join(ACTIVATIONS)}"
+            tried.append(f"not {row.name}: its activation is none of {', '.join(ACTIVATIONS)}")
             continue
         packed = "gate_up" if len(row.gate_up) == 2 else row.gate_up[0]
         spec = MLPSpec(row, kind, packed)
         found = difference(module, spec)
         if found is None:
             return spec
-        reason = f"not {row.name}: {found}"
-    return reason
+        tried.append(f"not {row.name}: {found}")
+    return "; ".join(tried) or _UNKNOWN
 
 
 def match_experts(module: nn.Module) -> ExpertsSpec | str:
     """Returns what experts `module` is, or why none."""
-    reason = _UNKNOWN
+    tried: list[str] = []
     for row in _rows_of(Experts):
         function = (row.activation,) if row.activation in _children(module) else ()
         if not _has_parts(module, function, (row.gate_up, row.down)):
@@ -136,47 +137,55 @@ def match_experts(module: nn.Module) -> ExpertsSpec | str:
             return "a method of it was replaced"
         kind = activation_kind(module, row.activation)
         if kind is None:
-            reason = f"not {row.name}: its activation is none of {', '.join(ACTIVATIONS)}"
+            tried.append(f"not {row.name}: its activation is none of {', '.join(ACTIVATIONS)}")
             continue
         spec = ExpertsSpec(row, kind)
         found = difference(module, spec)
         if found is None:
             return spec
-        reason = f"not {row.name}: {found}"
-    return reason
+        tried.append(f"not {row.name}: {found}")
+    return "; ".join(tried) or _UNKNOWN
 
 
 def match_attention(module: nn.Module) -> AttentionSpec | str:
     """Returns what attention `module` is, or why none."""
-    reason = _UNKNOWN
+    tried: list[str] = []
+    mismatches: list[str] = []  # of less interest than a row whose structure it has
     for row in _rows_of(Attention):
         linears = (*row.projections, *((row.output,) if row.output else ()))
-        if not _has_parts(module, (*linears, *(row.norms or ()), *row.dropouts), ()):
+        if not _has_parts(module, (*linears, *(row.norms or ()), *row.dropouts, *row.children), ()):
             continue
-        spec = _attention_spec(module, row, linears)
+        spec = _attention_spec(module, row)
         if isinstance(spec, str):
-            reason = f"not {row.name}: {spec}"
+            mismatches.append(f"not {row.name}: {spec}")
             continue
         extras = repr([read(module, source) for _, source in row.options])
         found = difference(module, spec, extras)
         if found is None:
             return spec
-        reason = f"not {row.name}: {found}"
-    return reason
+        tried.append(f"not {row.name}: {found}")
+    return "; ".join(tried or sorted(mismatches, key=_lacks)[:1]) or _UNKNOWN
 
 
-def _attention_spec(
-    module: nn.Module, row: Attention, linears: tuple[str, ...]
-) -> AttentionSpec | str:
+def _lacks(reason: str) -> bool:
+    return reason.endswith(_LACKS)
+
+
+def _attention_spec(module: nn.Module, row: Attention) -> AttentionSpec | str:
     """What `module` is if it is `row`, or what of its structure is not that of the row."""
-    if not _are_linear(module, linears) or not _are_dropouts(module, row.dropouts):
+    output = None if row.output is None else module._modules[row.output]
+    if not _are_linear(module, row.projections) or not (
+        output is None or type(output) in (nn.Linear, Linear)
+    ):
         return "a projection is not an nn.Linear"
+    if not _are_dropouts(module, row.dropouts):
+        return "a dropout is something else"
     if _replaced(module):
         return "a method of it was replaced"
     width = None if row.rotary is None or row.rotary_width == "*" else row.rotary_width
     sources = [row.head_dim, row.scaling, width, row.rotary_flag]
     if not _sources_exist(module, [*sources, *(row.heads or ()), *(o for _, o in row.options)]):
-        return "it lacks an attribute of that family"
+        return _LACKS
     parameters, eager = _conventions(module, row)
     if parameters is None:
         return "its forward takes arguments that are not known"

@@ -253,7 +253,7 @@ def _qkv(module: Any, spec: AttentionSpec, x: Tensor, tables: Any) -> tuple[Tens
             part = _norm(norm, part, spec.norm)
         part = part.reshape(shape)
         if i < 2 and spec.rotary_width and tables is not None:
-            cos, sin = tables
+            cos, sin = (table if table.dim() == 3 else table[None] for table in tables)
             part = _rotate(part, cos, sin, row.rotary == "interleaved")
         found.append(part)
     q, k, v = found
