@@ -21,7 +21,6 @@ __all__ = ["match_attention", "match_experts", "match_mlp", "match_norm"]
 
 _Row = TypeVar("_Row", Attention, GatedMLP, Experts, RMSNorm)
 _UNKNOWN = "no family has its structure"
-_LACKS = "it lacks an attribute of that family"
 # What an attention's forward may take by name: everything else would be a feature unknown here.
 _PARAMETERS = {
     "hidden_states",
@@ -64,14 +63,15 @@ def _are_dropouts(module: nn.Module, names: Iterable[str]) -> bool:
     return all(isinstance(module._modules[name], nn.Dropout | nn.Identity) for name in names)
 
 
-def _sources_exist(module: nn.Module, sources: Iterable[str | None]) -> bool:
-    try:
-        for source in sources:
+def _missing(module: nn.Module, sources: Iterable[str | None]) -> str | None:
+    """The first of the sources that gives no value, not even None; or None."""
+    for source in sources:
+        try:
             if source is not None:
                 read(module, source)
-    except AttributeError:
-        return False
-    return True
+        except AttributeError:
+            return source
+    return None
 
 
 def match_norm(module: nn.Module) -> NormSpec | str:
@@ -168,7 +168,7 @@ def match_attention(module: nn.Module) -> AttentionSpec | str:
 
 
 def _lacks(reason: str) -> bool:
-    return reason.endswith(_LACKS)
+    return " it lacks " in reason
 
 
 def _attention_spec(module: nn.Module, row: Attention) -> AttentionSpec | str:
@@ -183,9 +183,11 @@ def _attention_spec(module: nn.Module, row: Attention) -> AttentionSpec | str:
     if _replaced(module):
         return "a method of it was replaced"
     width = None if row.rotary is None or row.rotary_width == "*" else row.rotary_width
-    sources = [row.head_dim, row.scaling, width, row.rotary_flag]
-    if not _sources_exist(module, [*sources, *(row.heads or ()), *(o for _, o in row.options)]):
-        return _LACKS
+    scaling = None if row.forward is not None else row.scaling
+    sources = [row.head_dim, scaling, width, row.rotary_flag, *(row.heads or ())]
+    missing = _missing(module, [*sources, *(source for _, source in row.options)])
+    if missing is not None:
+        return f"it lacks {missing}"
     parameters, eager = _conventions(module, row)
     if parameters is None:
         return "its forward takes arguments that are not known"

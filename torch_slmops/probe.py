@@ -36,9 +36,11 @@ class _Differs(Exception):
 def difference(module: nn.Module, spec: _Spec, extras: Hashable = ()) -> str | None:
     """Returns what `module` computes differently from `spec`, or None; remembered for its likes.
 
-    `extras`: what the outcome depends on besides the class, the parameters' shapes and attributes
-    of simple types.
+    `extras`: what the outcome depends on besides the class, the parameters' shapes, the config and
+    attributes of simple types.
     """
+    config = vars(module).get("config")
+    config = repr(getattr(config, "__dict__", config))
     scalars = tuple(
         (name, value)
         for name, value in vars(module).items()
@@ -46,7 +48,7 @@ def difference(module: nn.Module, spec: _Spec, extras: Hashable = ()) -> str | N
     )
     shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
     kinds = tuple(type(child) for child in module.modules())
-    key = (spec, kinds, type(module).forward, shapes, scalars, extras)
+    key = (spec, kinds, type(module).forward, shapes, scalars, config, extras)
     if key not in _probed:
         try:
             with torch.no_grad():
