@@ -31,7 +31,17 @@ from torch_slmops.rotary import FusedRotary, RotarySpec, match_rotary
 from torch_slmops.survey import Site, weight_key
 from torch_slmops.weights import FLOAT_DTYPES, QuantizedWeight
 
-__all__ = ["Block", "Left", "Plan", "Swap", "build", "find_blocks", "looks_like_a_block", "put"]
+__all__ = [
+    "Block",
+    "Left",
+    "Plan",
+    "Swap",
+    "build",
+    "find_blocks",
+    "looks_like_a_block",
+    "possible_blocks",
+    "put",
+]
 
 Spec: TypeAlias = NormSpec | MLPSpec | ExpertsSpec | AttentionSpec | RotarySpec
 Quantize: TypeAlias = Callable[[Tensor], QuantizedWeight]
@@ -44,6 +54,7 @@ _CLASSES: dict[type, type[Fused]] = {
     AttentionSpec: FusedAttention,
     RotarySpec: FusedRotary,
 }
+_TABLES = "rotary_emb"  # what transformers calls the module with the rotary tables
 # Names of classes that compute what a fused op might: used to tell what was left, and why.
 _BLOCK = re.compile(r"Attention|Attn|MLP|FeedForward|FFN|Experts")
 
@@ -98,6 +109,17 @@ def looks_like_a_block(module: nn.Module) -> bool:
         return False
     linears = sum(isinstance(c, nn.Linear | PackedModule) for c in module._modules.values())
     return linears >= 2 or any(p is not None and p.dim() >= 3 for p in module._parameters.values())
+
+
+def possible_blocks(model: nn.Module) -> list[str]:
+    """Returns the names of all modules that may be blocks: they hold layers or parameters."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if module._parameters
+        or name.split(".")[-1] == _TABLES
+        or any(isinstance(c, nn.Linear | PackedModule) for c in module._modules.values())
+    ]
 
 
 def find_blocks(
@@ -216,10 +238,10 @@ class _Finder:
         fused = {b.module for b in self.plan.blocks if isinstance(b.spec, AttentionSpec)}
         fused.update(m for m in self.model.modules() if isinstance(m, FusedAttention))
         for name, parent in self.model.named_modules():
-            module = parent._modules.get("rotary_emb")
+            module = parent._modules.get(_TABLES)
             if module is None or isinstance(module, Fused):
                 continue
-            path = f"{name}.rotary_emb" if name else "rotary_emb"
+            path = f"{name}.{_TABLES}" if name else _TABLES
             spec: RotarySpec | str = match_rotary(module)
             others = [m for m in parent.modules() if m is not parent and _may_use_tables(m, fused)]
             if not isinstance(spec, str) and others:

@@ -220,24 +220,26 @@ class FusedExperts(Fused):
         While a graph is traced, every expert computes every token, and what the routing did not
         choose is dropped: the same bits, without sizes that depend on values.
         """
-        x, total = hidden_states, None
+        x = hidden_states
         if x.requires_grad and torch.is_grad_enabled():
             ops.refuse_gradient("experts")
-        for e in range(len(self.gate_up)):
+        total = x.new_zeros(len(x), self._out_features(), dtype=torch.float32)
+        traced = torch.compiler.is_compiling()
+        for e in range(len(self.gate_up)) if traced else torch.unique(top_k_index).tolist():
             chosen = top_k_index == e
             weight = (top_k_weights.float() * chosen).sum(-1, keepdim=True)
-            hit = chosen.any(-1)
-            if torch.compiler.is_compiling():
+            if traced:
                 y = self._expert(e, x).float() * weight
-                total = torch.zeros_like(y) if total is None else total
-                total = torch.where(hit[:, None], total + y, total)
-                continue
-            at = hit.nonzero()[:, 0]
-            if at.numel():
-                y = self._expert(e, x[at]).float() * weight[at]
-                total = y.new_zeros(len(x), y.shape[1]) if total is None else total
-                total[at] = total[at] + y
-        return torch.zeros_like(x) if total is None else total.to(x.dtype)
+                total = torch.where(chosen.any(-1, keepdim=True), total + y, total)
+            elif e < len(self.gate_up):  # a larger one is nobody
+                at = chosen.any(-1).nonzero()[:, 0]
+                total[at] += self._expert(e, x[at]).float() * weight[at]
+        return total.to(x.dtype)
+
+    def _out_features(self) -> int:
+        down = self.down[0]
+        assert isinstance(down, Linear)
+        return down.out_features
 
     def _expert(self, e: int, x: Tensor) -> Tensor:
         gate_up, down = self.gate_up[e], self.down[e]
@@ -311,7 +313,8 @@ class FusedAttention(Fused):
             return False
         r = cos.shape[2]
         fits = r == width if width > 0 else r % 2 == 0 and r <= self.slmops.head_dim
-        return fits and cos.shape == sin.shape and cos.shape[1] == x.shape[1]
+        fits = fits and cos.shape[1] == x.shape[1] and cos.shape[0] in (1, x.shape[0])
+        return fits and cos.shape == sin.shape
 
     def project(self, x: Tensor, tables: Tables | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Returns q, k, v, each [B, L, heads, head_dim], for x of [B, L, K].
@@ -399,7 +402,7 @@ def read(module: Any, source: str) -> Any:
 def _rounded_tables(kwargs: dict[str, Any]) -> dict[str, Any]:
     """`kwargs` with rotary tables of the dtype of the activations, as transformers has them."""
     x, tables = kwargs.get("hidden_states"), kwargs.get("position_embeddings")
-    if isinstance(x, Tensor) and isinstance(tables, tuple):
+    if isinstance(x, Tensor) and isinstance(tables, tuple | list):
         rounded = tuple(table.to(x.dtype) for table in tables)
         return kwargs | {"position_embeddings": rounded}
     return kwargs

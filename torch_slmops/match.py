@@ -60,7 +60,12 @@ def _are_linear(module: nn.Module, names: Iterable[str]) -> bool:
 
 
 def _are_dropouts(module: nn.Module, names: Iterable[str]) -> bool:
-    return all(isinstance(module._modules[name], nn.Dropout | nn.Identity) for name in names)
+    """Whether they do nothing in eval mode."""
+    children = [module._modules[name] for name in names]
+    return all(
+        type(child) in (nn.Dropout, nn.Identity) and "forward" not in vars(child)
+        for child in children
+    )
 
 
 def _missing(module: nn.Module, sources: Iterable[str | None]) -> str | None:

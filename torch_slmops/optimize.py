@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from torch_slmops.fuse import Block, Left, Plan, Swap, build, find_blocks, put
+from torch_slmops.fuse import Block, Left, Plan, Swap, build, find_blocks, possible_blocks, put
 from torch_slmops.modules import Embedding, Linear, PackedModule
 from torch_slmops.survey import Patterns, Site, check_model, chooser, find_sites, weight_key
 from torch_slmops.weights import FLOAT_DTYPES, QuantizedWeight, quantize_weight, resolve_scales
@@ -110,7 +110,7 @@ def optimize(
     check_model(model)
     formats = _formats(weights, scale_kind, group_size, symmetric, activations, act_group, lm_head)
     sites = find_sites(model)
-    blocks = [name for name, _ in model.named_modules()] if fuse else []
+    blocks = possible_blocks(model) if fuse else []
     chosen_name = chooser(sites, blocks, include, exclude)
     chosen = [site for site in sites if chosen_name(*site.names) and not site.is_packed]
     chosen = [site for site in chosen if formats[site.is_head] is not None]
