@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch_slmops import fused, modules, reference
 from torch_slmops.fused import FusedExperts
 
 transformers = pytest.importorskip("transformers")
+
+# What forward calls its cache; renamed in transformers 5.24.
+_PARAMETERS = inspect.signature(inspect.unwrap(transformers.LlamaModel.forward)).parameters
+CACHE = "cache" if "cache" in _PARAMETERS else "past_key_values"
 
 VOCABULARY = 131
 LAYERS = 2

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bits import assert_same_bits
 from small_models import (
+    CACHE,
     DECODERS,
     ENCODERS,
     FAMILIES,
@@ -151,7 +152,7 @@ def test_prefill_then_decode(family: str) -> None:
     model, ids = optimize(small(family), activations="float"), tokens(2, 9)
     cache, found = transformers.DynamicCache(config=model.config), []
     for part in ids.split([4, 3, 1, 1], dim=1):
-        found.append(logits(model, part, past_key_values=cache))
+        found.append(logits(model, part, **{CACHE: cache}))
     whole = logits(model, ids, use_cache=False)
     # torch's attention alone sums in an order that depends on the length.
     assert float((torch.cat(found, 1) - whole).abs().max()) < LOGITS_BOUND
@@ -252,8 +253,8 @@ class TestTracing:
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         with torch.no_grad():
             for part in tokens(1, 8).split([5, 1, 1, 1], dim=1):
-                got = compiled(input_ids=part, past_key_values=caches[0]).logits
-                want = model(input_ids=part, past_key_values=caches[1]).logits
+                got = compiled(input_ids=part, **{CACHE: caches[0]}).logits
+                want = model(input_ids=part, **{CACHE: caches[1]}).logits
                 assert float((got - want).abs().max()) < LOGITS_BOUND
 
     @pytest.mark.filterwarnings("ignore")

@@ -53,8 +53,9 @@ def other_forward(layer: Any) -> None:
 
 def rewritten(layer: Any, old: str, new: str) -> None:
     """Gives the attention the forward of Llama with one change in its source."""
-    forward = llama_class("LlamaAttention").forward
+    forward = inspect.unwrap(llama_class("LlamaAttention").forward)
     source = textwrap.dedent(inspect.getsource(forward))
+    source = source[source.index("def ") :]  # without decorators
     assert old in source
     names = dict(forward.__globals__)
     exec(source.replace(old, new), names)

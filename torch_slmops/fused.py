@@ -39,7 +39,8 @@ _qkv_rotary = ops.qkv_rotary
 _swiglu = ops.swiglu
 
 Tables = tuple[Tensor, Tensor]
-_OWN = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
+_OWN = ("hidden_states", "position_embeddings", "attention_mask")
+_OLD_CACHE = "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class AttentionSpec:
         norm: That of q and k, or None.
         rotary_width: The rotated elements of a head; 0 for none, -1 for the tables' width.
         parameters: Names of the positional parameters of the original forward.
+        cache: That of the cache: "past_key_values" until transformers 5.23, then "cache".
         eager: The attention function that the original falls back on.
         packed: The child with the packed q, k and v.
     """
@@ -88,6 +90,7 @@ class AttentionSpec:
     norm: NormSpec | None
     rotary_width: int
     parameters: tuple[str, ...]
+    cache: str
     eager: Callable[..., Any] | None
     packed: str = "qkv"
 
@@ -284,15 +287,16 @@ class FusedAttention(Fused):
             return super().forward(*args, **kwargs)
         kwargs.update(zip(spec.parameters, args, strict=False))
         x: Any = kwargs.get("hidden_states")
-        tables, cache = kwargs.get("position_embeddings"), kwargs.get("past_key_values")
+        tables, cache = kwargs.get("position_embeddings"), kwargs.get(spec.cache)
         if (
-            not self._passes(x)
+            (spec.cache != _OLD_CACHE and _OLD_CACHE in kwargs)  # deprecated, renamed by theirs
+            or not self._passes(x)
             or not self._knows(x, tables)
             or hasattr(cache, "self_attention_cache")  # an encoder-decoder's two caches
         ):
             return super().forward(**_rounded_tables(kwargs))
         q, k, v = self.project(x, tables)
-        consumed = _OWN + spec.row.drops
+        consumed = (*_OWN, spec.cache, *spec.row.drops)
         rest = {name: kwargs[name] for name in kwargs if name not in consumed}
         mask = kwargs.get("attention_mask")
         return attend(self, spec, (q, k, v), mask, cache, _attention_functions(), rest)
@@ -368,7 +372,7 @@ def attend(
         spec: What it is.
         qkv: [B, L, heads, head_dim] each.
         mask: Passed on.
-        cache: What has `update(k, v, layer_idx)`, or None.
+        cache: What has `update(k, v, layer_idx)`, since transformers 5.24 with `kwargs`, or None.
         functions: What gives the attention function that the config names: transformers'
             `ALL_ATTENTION_FUNCTIONS`.
         kwargs: Passed on.
@@ -378,14 +382,16 @@ def attend(
     """
     q, k, v = (part.transpose(1, 2) for part in qkv)
     batch, length = q.shape[0], q.shape[2]
-    if cache is not None:
+    named = {name: kwargs.pop(name) for name in spec.parameters if name in kwargs}
+    if cache is not None and spec.cache == _OLD_CACHE:
         k, v = cache.update(k, v, module.layer_idx)
+    elif cache is not None:
+        k, v = cache.update(k, v, module.layer_idx, kwargs=kwargs)
     row = spec.row
     function = functions.get_interface(module.config._attn_implementation, spec.eager)
-    for name, source in row.options:
-        kwargs[name] = read(module, source)
+    options = named | {name: read(module, source) for name, source in row.options}
     scaling = spec.head_dim**-0.5 if row.scaling is None else read(module, row.scaling)
-    y, weights = function(module, q, k, v, mask, dropout=0.0, scaling=scaling, **kwargs)
+    y, weights = function(module, q, k, v, mask, dropout=0.0, scaling=scaling, **options, **kwargs)
     y = y.reshape(batch, length, -1).contiguous()
     if row.output is not None:
         y = getattr(module, row.output)(y)

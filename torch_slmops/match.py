@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from types import FunctionType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -15,7 +14,7 @@ from torch import nn
 from torch_slmops.families import ACTIVATIONS, Attention, Experts, GatedMLP, RMSNorm, rows
 from torch_slmops.fused import AttentionSpec, ExpertsSpec, MLPSpec, NormSpec, read
 from torch_slmops.modules import Linear
-from torch_slmops.probe import activation_kind, difference
+from torch_slmops.probe import activation_kind, difference, plain_forward
 
 __all__ = ["match_attention", "match_experts", "match_mlp", "match_norm"]
 
@@ -27,6 +26,7 @@ _PARAMETERS = {
     "position_embeddings",
     "attention_mask",
     "past_key_values",
+    "cache",
     "position_ids",
     "output_attentions",
     "use_cache",
@@ -211,7 +211,8 @@ def _attention_spec(module: nn.Module, row: Attention) -> AttentionSpec | str:
     if isinstance(norm, str):
         return norm
     packed = "qkv" if len(row.projections) == 3 else row.projections[0]
-    return AttentionSpec(row, heads, head_dim, norm, rotary_width, parameters, eager, packed)
+    cache = "cache" if "cache" in parameters else "past_key_values"
+    return AttentionSpec(row, heads, head_dim, norm, rotary_width, parameters, cache, eager, packed)
 
 
 def _heads(module: Any, row: Attention, head_dim: int) -> tuple[int, int, int] | None:
@@ -253,8 +254,8 @@ def _conventions(
     """The positional parameters of the forward, or None if unknown; and the eager function."""
     if row.forward is not None:
         return (), None
-    forward = type(module).forward
-    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+    forward = plain_forward(module)
+    if forward is None:
         return None, None
     names = forward.__globals__
     parameters = list(inspect.signature(forward).parameters.values())[1:]

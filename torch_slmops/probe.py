@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch_slmops.families import ACTIVATIONS
 from torch_slmops.fused import AttentionSpec, ExpertsSpec, MLPSpec, NormSpec, attend
 
-__all__ = ["activation_kind", "difference"]
+__all__ = ["activation_kind", "difference", "plain_forward"]
 
 # float32 sums of the same terms, in whatever order; relative to the largest value.
 _TOLERANCE = 2e-5
@@ -184,8 +184,8 @@ class _Recorder:
         self.calls.append((q, k, v, mask, kwargs))
         return self.output, self.output[0]
 
-    def update(self, k: Tensor, v: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
-        self.calls.append((k, v, layer))
+    def update(self, k: Tensor, v: Tensor, layer: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.calls.append((k, v, layer, copy.copy(kwargs)))
         return k + 1, v - 1
 
 
@@ -214,14 +214,14 @@ def _probe_attention(module: nn.Module, spec: AttentionSpec) -> None:
         "hidden_states": x,
         "position_embeddings": tables,
         "attention_mask": mask,
-        "past_key_values": original,
+        spec.cache: original,
     }
     own = {name: value for name, value in own.items() if name in spec.parameters}
-    forward = _with_functions(type(clone).forward, original)
+    forward = _with_functions(plain_forward(clone), original)
     expected = forward(clone, **own, position_ids=positions)
     if original.eager is not spec.eager:
         raise _Differs("it falls back on another attention function")
-    cache = ours if "past_key_values" in own else None
+    cache = ours if spec.cache in own else None
     qkv = _qkv(clone, spec, x, tables)
     got = attend(clone, spec, qkv, mask, cache, ours, {"position_ids": positions})
     if len(original.calls) != len(ours.calls):
@@ -229,6 +229,16 @@ def _probe_attention(module: nn.Module, spec: AttentionSpec) -> None:
     for i, call in enumerate(ours.calls):
         _compare("what it gives to its cache or to attention", call, original.calls[i])
     _compare("output", got, expected)
+
+
+def plain_forward(module: nn.Module) -> FunctionType | None:
+    """Returns the forward of the module's class; None if something unknown is wrapped around it."""
+    forward = type(module).forward
+    names = getattr(forward, "__globals__", {})
+    if names.get("__name__") == "transformers.utils.deprecation":  # it renames an argument
+        forward = getattr(forward, "__wrapped__", forward)
+    plain = isinstance(forward, FunctionType) and not hasattr(forward, "__wrapped__")
+    return forward if plain else None  # type: ignore[return-value]
 
 
 def _with_functions(forward: Any, functions: Any) -> Callable[..., Any]:
