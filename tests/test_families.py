@@ -24,6 +24,7 @@ from small_models import (
 )
 from torch import Tensor
 
+import torch_slmops
 from torch_slmops import optimize, reference, report
 from torch_slmops.fused import Fused, FusedAttention, FusedExperts, FusedMLP, FusedRMSNorm
 from torch_slmops.rotary import FusedRotary
@@ -72,9 +73,30 @@ def test_same_bits_as_the_reference(family: str, seed: int) -> None:
     dtype = (torch.float32, torch.bfloat16)[seed]
     model = optimize(small(family, seed, dtype))
     ids = tokens(2, 7)
-    got = logits(model, ids)
     with by_reference():
-        assert_same_bits(logits(model, ids), got)
+        expected = logits(model, ids)
+    assert_same_bits(logits(model, ids), expected)
+
+
+def test_rows_and_threads_agree(threads: None) -> None:
+    """Calls of every fused module, on every ISA row and for several numbers of threads."""
+    model, best = optimize(small("gemma3", dtype=torch.bfloat16)), torch_slmops.isa()
+    for module, args, kwargs, _ in record(model, Fused, lambda: logits(model, tokens(2, 5))):
+        run = module.project if isinstance(module, FusedAttention) else module
+        if isinstance(module, FusedAttention):
+            args, kwargs = (kwargs["hidden_states"], kwargs["position_embeddings"]), {}
+        found = []
+        for name in torch_slmops.isas():
+            torch_slmops.set_isa(name)
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                with torch.inference_mode():
+                    result = run(*args, **kwargs)
+                found.append(result if isinstance(result, tuple) else (result,))
+        torch_slmops.set_isa(best)
+        for other in found[1:]:
+            for one, two in zip(found[0], other, strict=True):
+                assert_same_bits(one, two)
 
 
 # With activations that are not rounded, only the order of fp32 sums differs from the float model

@@ -149,6 +149,30 @@ def test_leaves_what_is_not_exactly_known(change: str) -> None:
     assert float((got - want).abs().max()) < LOGITS_BOUND
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("silu", "silu"),
+        ("swish", "silu"),
+        ("gelu", "gelu"),
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+        ("gelu_new", "gelu_tanh"),  # the same function in other words
+        ("relu2", "relu2"),
+        ("relu", None),
+        ("quick_gelu", None),
+        ("mish", None),
+        ("gelu_10", None),  # clipped
+    ],
+)
+def test_activations_are_known_by_their_values(name: str, kind: str | None) -> None:
+    model = optimize(small("llama", hidden_act=name), activations="float")
+    mlp = model.model.layers[0].mlp
+    assert (mlp.slmops.activation if isinstance(mlp, FusedMLP) else None) == kind
+    alone = optimize(small("llama", hidden_act=name), activations="float", fuse=False)
+    got, want = logits(model, tokens(2, 5)), logits(alone, tokens(2, 5))
+    assert float((got - want).abs().max()) < LOGITS_BOUND
+
+
 def test_a_norm_that_computes_something_else_is_left() -> None:
     model = small("llama")
 
@@ -228,6 +252,8 @@ def test_fuse_false_replaces_layers_alone() -> None:
         ({"exclude": "*.1.self_attn.k_proj"}, {"model.layers.1.self_attn"}),
         ({"exclude": "model.layers.0.mlp"}, {"model.layers.0.mlp"}),
         ({"exclude": "*.down_proj"}, {"model.layers.0.mlp", "model.layers.1.mlp"}),
+        ({"include": "*_proj"}, set()),
+        ({"include": "*.0.*"}, {"model.layers.1.mlp", "model.layers.1.self_attn"}),
     ],
 )
 def test_include_and_exclude(options: dict[str, Any], unfused: set[str]) -> None:
@@ -238,6 +264,7 @@ def test_include_and_exclude(options: dict[str, Any], unfused: set[str]) -> None
         if name.endswith((".self_attn", ".mlp"))
     }
     assert {name for name, fused in blocks.items() if not fused} == unfused
+    assert isinstance(model.model.norm, FusedRMSNorm) == ("include" not in options)
 
 
 def test_blocks_packed_before_are_left() -> None:

@@ -123,7 +123,11 @@ def possible_blocks(model: nn.Module) -> list[str]:
 
 
 def find_blocks(
-    model: nn.Module, sites: list[Site], todo: list[Site], chosen: Callable[[str], bool]
+    model: nn.Module,
+    sites: list[Site],
+    todo: list[Site],
+    included: Callable[..., bool],
+    excluded: Callable[..., bool],
 ) -> Plan:
     """Finds the blocks of `model` that can be fused.
 
@@ -131,9 +135,10 @@ def find_blocks(
         model: The model.
         sites: All that can be packed, and what cannot.
         todo: Those that will be packed.
-        chosen: Whether a block of this name may be fused.
+        included: Whether a block of this name, that has no layers among `todo`, may be fused.
+        excluded: Whether a block of this name may not be fused.
     """
-    finder = _Finder(model, sites, todo, chosen)
+    finder = _Finder(model, sites, todo, included, excluded)
     for name, module in model.named_modules():
         finder.look_at(name, module)
     finder.look_at_rotary_tables()
@@ -146,10 +151,11 @@ class _Finder:
         model: nn.Module,
         sites: list[Site],
         todo: list[Site],
-        chosen: Callable[[str], bool],
+        included: Callable[..., bool],
+        excluded: Callable[..., bool],
     ) -> None:
         self.model = model
-        self.chosen = chosen
+        self.included, self.excluded = included, excluded
         self.plan = Plan()
         self.sites = {site.module: site for site in todo if not site.is_head}
         self.obstacles = {site.module: site.obstacle for site in sites}
@@ -181,7 +187,8 @@ class _Finder:
             elif looks_like_a_block(module):
                 self._leave(name, module, spec)
             return
-        if not self.chosen(name):
+        alone = isinstance(spec, NormSpec | ExpertsSpec)
+        if self.excluded(name) or (alone and not self.included(name)):
             self._leave(name, module, "not chosen (include, exclude)", asked=True)
             return
         if isinstance(spec, ExpertsSpec):
@@ -251,7 +258,7 @@ class _Finder:
             if isinstance(spec, str):
                 # "asked": the tables cost portability, no speed; `strict` is about blocks.
                 self._leave(path, module, f"tables not bit-portable: {spec}", asked=True)
-            elif not self.chosen(path):
+            elif self.excluded(path) or not self.included(path):
                 self._leave(path, module, "not chosen (include, exclude)", asked=True)
             else:
                 self.plan.blocks.append(Block(path, module, spec))

@@ -91,8 +91,8 @@ def optimize(
             bits; where it has the same codes as `weights`, it is that format.
         include: Names of layers to replace (fnmatch patterns such as "model.layers.*", or a
             function of the name); by default all.
-        exclude: Names of layers to leave. Both go for the names of blocks too, where they decide
-            about fusing.
+        exclude: Names of layers to leave, or of blocks not to fuse. A block is fused if its layers
+            are packed, one without layers (a norm) if `include` names it.
         fuse: Fuses blocks; False only replaces layers one by one.
         strict: Raises if a layer would be left that no argument asks to leave, or with `fuse` a
             block that looks like an attention, an MLP or experts.
@@ -111,11 +111,11 @@ def optimize(
     formats = _formats(weights, scale_kind, group_size, symmetric, activations, act_group, lm_head)
     sites = find_sites(model)
     blocks = possible_blocks(model) if fuse else []
-    chosen_name = chooser(sites, blocks, include, exclude)
-    chosen = [site for site in sites if chosen_name(*site.names) and not site.is_packed]
+    included, excluded = chooser(sites, blocks, include, exclude)
+    chosen = [s for s in sites if included(*s.names) and not excluded(*s.names) and not s.is_packed]
     chosen = [site for site in chosen if formats[site.is_head] is not None]
     todo = [site for site in chosen if site.obstacle is None]
-    plan = find_blocks(model, sites, todo, chosen_name) if fuse else Plan()
+    plan = find_blocks(model, sites, todo, included, excluded) if fuse else Plan()
     experts = {block.module for block in plan.blocks if not block.sites}
     if strict:
         _refuse_leftovers([site for site in chosen if site.module not in experts], plan.left)

@@ -89,8 +89,8 @@ def weight_key(weight: Tensor) -> tuple[object, ...]:
 
 def chooser(
     sites: list[Site], blocks: Iterable[str], include: Patterns | None, exclude: Patterns | None
-) -> Callable[..., bool]:
-    """Returns whether `include` (None: all) names, and `exclude` (None: none) does not, a module.
+) -> tuple[Callable[..., bool], Callable[..., bool]]:
+    """Returns which modules `include` (None: all) names, and which `exclude` (None: none) does.
 
     Args:
         sites: What patterns are meant for: an error shows their names.
@@ -99,7 +99,7 @@ def chooser(
         exclude: Names to leave.
 
     Returns:
-        A function of all the names of a module.
+        Two functions of all the names of a module: included, and excluded.
 
     Raises:
         ValueError: A pattern matches none of the names.
@@ -108,7 +108,7 @@ def chooser(
     names = [*(name for site in sites for name in site.names), *blocks]
     included = _matching("include", include, sites, names, default=True)
     excluded = _matching("exclude", exclude, sites, names, default=False)
-    return lambda *names: included(names) and not excluded(names)
+    return lambda *names: included(names), lambda *names: excluded(names)
 
 
 def _matching(
