@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_slmops import fused, modules, reference
-from torch_slmops.fused import FusedExperts
+from torch_slmops.fused_experts import FusedExperts
 
 transformers = pytest.importorskip("transformers")
 

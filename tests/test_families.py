@@ -26,7 +26,8 @@ from torch import Tensor
 
 import torch_slmops
 from torch_slmops import optimize, reference, report
-from torch_slmops.fused import Fused, FusedAttention, FusedExperts, FusedMLP, FusedRMSNorm
+from torch_slmops.fused import Fused, FusedAttention, FusedMLP, FusedRMSNorm
+from torch_slmops.fused_experts import FusedExperts
 from torch_slmops.rotary import FusedRotary
 
 SEEDS = (0, 1)

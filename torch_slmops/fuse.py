@@ -17,13 +17,13 @@ from torch_slmops.fused import (
     ExpertsSpec,
     Fused,
     FusedAttention,
-    FusedExperts,
     FusedMLP,
     FusedRMSNorm,
     MLPSpec,
     NormSpec,
     fused_class,
 )
+from torch_slmops.fused_experts import FusedExperts
 from torch_slmops.match import match_attention, match_experts, match_mlp, match_norm
 from torch_slmops.modules import Linear, PackedModule
 from torch_slmops.packed_rows import GateUp, Rows, interleave
