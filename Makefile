@@ -25,7 +25,7 @@ CPP_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o 
 PY_FILES := setup.py torch_slmops tests benchmarks examples
 SOURCES := $(filter csrc/%,$(CPP_FILES))
 
-.PHONY: help demo test lint format bench build cpptest emulate-avx2 ci-full clean
+.PHONY: help demo test lint format bench build cpptest emulate-avx2 test-transformers ci-full clean
 help:
 	@echo "make demo          set up, build, run examples/quickstart.py"
 	@echo "make test          set up, build, run the test suite"
@@ -35,6 +35,7 @@ help:
 	@echo "make build         set up, build the extension in place"
 	@echo "make cpptest       the C++ tests under AddressSanitizer and UBSan"
 	@echo "make emulate-avx2  a selection of the tests on an emulated CPU with AVX2 and no more"
+	@echo "make test-transformers  the tests of model families with several versions of transformers"
 	@echo "make ci-full       the checks that are too long for every commit"
 	@echo "make clean         remove what was built, keep the environment"
 
@@ -91,7 +92,15 @@ cpptest:
 emulate-avx2: build $(VENV)/.stamp-dev
 	tools/emulate_avx2.sh $(VENV)/bin/python
 
-ci-full: emulate-avx2
+TRANSFORMERS := 5.21 5.22 5.23 5.24
+test-transformers: build $(VENV)/.stamp-dev
+	for version in $(TRANSFORMERS); do \
+	  $(PIP) install -q --no-deps --upgrade --target build/transformers-$$version "transformers==$$version.*"; \
+	  PYTHONPATH=build/transformers-$$version $(VENV)/bin/python -m pytest \
+	    tests/test_families.py tests/test_fuse.py tests/test_fused_models.py tests/test_rotary_tables.py; \
+	done
+
+ci-full: emulate-avx2 test-transformers
 	tests/cpp/run.sh full
 	$(VENV)/bin/python -m pytest -m full
 

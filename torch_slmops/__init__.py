@@ -1,10 +1,11 @@
 """torch_slmops: quantized CPU ops for small language models in PyTorch.
 
-`optimize(model)` packs the weights of any module into int4 or int8; the same bits come out on every
-CPU. docs/ has the arithmetic and the packed format.
+`optimize(model)` packs the weights of any module into int4 or int8 and fuses the blocks of known
+model families; the same bits come out on every CPU. docs/ has the arithmetic and the packed format.
 """
 
 from torch_slmops import ops
+from torch_slmops.families import register_family
 from torch_slmops.isa import isa, isas, set_isa
 from torch_slmops.optimize import optimize
 from torch_slmops.report import report
@@ -18,6 +19,7 @@ __all__ = [
     "ops",
     "optimize",
     "quantize_weight",
+    "register_family",
     "report",
     "set_isa",
 ]

@@ -46,6 +46,10 @@ class PackedModule(nn.Module):
     def _set_weight_shape(self, n: int, k: int) -> None:
         raise NotImplementedError
 
+    def _packed_shape(self) -> tuple[int, int]:
+        """Rows and columns of `packed`."""
+        return self._weight_shape()
+
     @property
     def weight(self) -> Tensor:
         """The weight [N, K] as a read-only tensor that dequantizes when its values are used."""
@@ -124,8 +128,8 @@ class PackedModule(nn.Module):
             header = ops.describe(packed)
         except RuntimeError as error:
             return str(error)
-        if (header.n, header.k) != self._weight_shape():
-            n, k = self._weight_shape()
+        if (header.n, header.k) != self._packed_shape():
+            n, k = self._packed_shape()
             return f"expected a packed weight of {n} x {k}, got one of {header.n} x {header.k}"
         return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -11,9 +11,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from torch_slmops.fuse import Block, Left, Plan, Swap, build, find_blocks, possible_blocks, put
 from torch_slmops.modules import Embedding, Linear, PackedModule
-from torch_slmops.survey import Patterns, Site, check_model, find_sites, select_sites, weight_key
-from torch_slmops.weights import FLOAT_DTYPES, quantize_weight, resolve_scales
+from torch_slmops.survey import Patterns, Site, check_model, chooser, find_sites, weight_key
+from torch_slmops.weights import FLOAT_DTYPES, QuantizedWeight, quantize_weight, resolve_scales
 
 __all__ = ["optimize"]
 
@@ -35,10 +36,10 @@ class _Format:
     act_group: int | None
     activations: str
 
-    def pack(self, weight: Tensor) -> Tensor:
-        quantized = quantize_weight(
-            weight, self.bits, self.scale_kind, self.group_size, self.symmetric
-        )
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
+        return quantize_weight(weight, self.bits, self.scale_kind, self.group_size, self.symmetric)
+
+    def pack(self, quantized: QuantizedWeight) -> Tensor:
         return quantized.pack(self.act_group, self.activations)
 
 
@@ -54,6 +55,7 @@ def optimize(
     lm_head: Literal["int4", "int8"] | None = "int8",
     include: Patterns | None = None,
     exclude: Patterns | None = None,
+    fuse: bool = True,
     strict: bool = False,
     progress: bool = True,
 ) -> Model:
@@ -64,6 +66,11 @@ def optimize(
     or has hooks, is left alone: `torch_slmops.report(model)` shows what was done and what was left.
     The remaining parameters are frozen (`requires_grad_(False)`). Called again, it packs what has
     not been packed yet.
+
+    Attention, gated MLPs, experts and RMS norms of known families (`torch_slmops.families`) are
+    fused: one op computes q, k and v with norms and rotary embedding, one an MLP. Their modules
+    stay where they are and get a subclass of their class; projections that went into a fused weight
+    remain as views of it.
 
     All packed weights are built before the first module is replaced: an exception leaves the model
     as it was, and the memory used at the peak is the model, its packed weights and one layer.
@@ -84,8 +91,11 @@ def optimize(
             bits; where it has the same codes as `weights`, it is that format.
         include: Names of layers to replace (fnmatch patterns such as "model.layers.*", or a
             function of the name); by default all.
-        exclude: Names of layers to leave.
-        strict: Raises if a layer would be left that no argument asks to leave.
+        exclude: Names of layers to leave, or of blocks not to fuse. A block is fused if its layers
+            are packed, one without layers (a norm) if `include` names it.
+        fuse: Fuses blocks; False only replaces layers one by one.
+        strict: Raises if a layer would be left that no argument asks to leave, or with `fuse` a
+            block that looks like an attention, an MLP or experts.
         progress: Shows a progress bar where it takes more than a second.
 
     Returns:
@@ -100,17 +110,28 @@ def optimize(
     check_model(model)
     formats = _formats(weights, scale_kind, group_size, symmetric, activations, act_group, lm_head)
     sites = find_sites(model)
-    chosen = [site for site in select_sites(sites, include, exclude) if not site.is_packed]
+    blocks = possible_blocks(model) if fuse else []
+    included, excluded = chooser(sites, blocks, include, exclude)
+    chosen = [s for s in sites if included(*s.names) and not excluded(*s.names) and not s.is_packed]
     chosen = [site for site in chosen if formats[site.is_head] is not None]
-    if strict:
-        _refuse_leftovers(chosen)
     todo = [site for site in chosen if site.obstacle is None]
+    plan = find_blocks(model, sites, todo, included, excluded) if fuse else Plan()
+    experts = {block.module for block in plan.blocks if not block.sites}
+    if strict:
+        _refuse_leftovers([site for site in chosen if site.module not in experts], plan.left)
     for site in todo:
         _check_dtype(site)
-    with torch.no_grad():
-        replacements = _build(todo, formats, progress)
-    _swap(model, replacements, _remaining_ties(model, replacements))
-    _logger.info("optimize: packed %d of %d layers", len(replacements), len(sites))
+    taken = {site.module for block in plan.blocks for site in block.sites}
+    alone = [site for site in todo if site.module not in taken]
+    with torch.no_grad(), _bar(_count(todo), progress) as advance:
+        replacements = _build(alone, formats, advance)
+        swaps = _build_blocks(plan.blocks, formats[False], advance)
+    _swap(model, replacements, _remaining_ties(model, replacements), swaps)
+    if fuse:
+        _note_left(model, plan.left)
+    _logger.info(
+        "optimize: packed %d of %d layers, fused %d blocks", len(todo), len(sites), len(swaps)
+    )
     return model
 
 
@@ -146,12 +167,17 @@ def _formats(
     return {False: layers, True: head}
 
 
-def _refuse_leftovers(chosen: list[Site]) -> None:
+def _refuse_leftovers(chosen: list[Site], blocks: dict[str, Left]) -> None:
     left = [f"{site.name}: {site.obstacle}" for site in chosen if site.obstacle is not None]
+    left += [
+        f"{name}: {block.what} cannot be fused, {block.reason}"
+        for name, block in blocks.items()
+        if not block.asked
+    ]
     if left:
         raise ValueError(
-            "optimize: strict=True, and these layers cannot be packed (name them in exclude, or "
-            "drop strict):\n  " + "\n  ".join(left)
+            "optimize: strict=True, and these layers cannot be packed or fused (name them in "
+            "exclude, use fuse=False, or drop strict):\n  " + "\n  ".join(left)
         )
 
 
@@ -170,26 +196,51 @@ def _check_dtype(site: Site) -> None:
         )
 
 
+def _count(todo: list[Site]) -> int:
+    """The number of weights in `todo`, shared ones once."""
+    weights = {weight_key(_weight(site)): _weight(site).numel() for site in todo}
+    return sum(weights.values())
+
+
 def _build(
-    todo: list[Site], formats: dict[bool, _Format | None], progress: bool
+    todo: list[Site], formats: dict[bool, _Format | None], advance: Callable[[int], object]
 ) -> dict[nn.Module, PackedModule]:
     """The packed modules that take the places of those of `todo`; nothing is replaced yet."""
     groups: dict[tuple[object, ...], list[Site]] = {}
     for site in todo:
         groups.setdefault(weight_key(_weight(site)), []).append(site)
     replacements: dict[nn.Module, PackedModule] = {}
-    with _bar(sum(_weight(sites[0]).numel() for sites in groups.values()), progress) as advance:
-        for sites in groups.values():
-            weight, how = _weight(sites[0]), formats[sites[0].is_head]
-            assert how is not None
-            try:
-                packed = how.pack(weight)
-            except (ValueError, RuntimeError) as error:
-                raise ValueError(f"optimize: {sites[0].name}: {error}") from error
-            for site in sites:
-                replacements[site.module] = _replacement(site.module, packed, weight.dtype)
-            advance(weight.numel())
+    for sites in groups.values():
+        weight, how = _weight(sites[0]), formats[sites[0].is_head]
+        assert how is not None
+        with _named(sites[0].name):
+            packed = how.pack(how.quantize(weight))
+        for site in sites:
+            replacements[site.module] = _replacement(site.module, packed, weight.dtype)
+        advance(weight.numel())
     return replacements
+
+
+def _build_blocks(
+    blocks: list[Block], how: _Format | None, advance: Callable[[int], object]
+) -> list[Swap]:
+    """What fusing the blocks puts in place; nothing is changed yet."""
+    assert how is not None
+    swaps = []
+    for block in blocks:
+        with _named(block.name):
+            swaps.append(build(block, how.quantize, how.pack))
+        advance(_count(list(block.sites)))
+    return swaps
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Says in an error which module it is about."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"optimize: {name}: {error}") from error
 
 
 def _replacement(module: nn.Module, packed: Tensor, dtype: torch.dtype) -> PackedModule:
@@ -239,13 +290,20 @@ def _swap(
     model: nn.Module,
     replacements: dict[nn.Module, PackedModule],
     ties: dict[nn.Module, dict[str, str]],
+    swaps: list[Swap],
 ) -> None:
     """Puts the replacements in place, by assignments that cannot fail, and freezes the rest."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in replacements:
                 parent._modules[name] = replacements[child]
+    put(swaps)
     for module, kept in ties.items():
         vars(module)["_tied_weights_keys"] = kept
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+
+
+def _note_left(model: nn.Module, left: dict[str, Left]) -> None:
+    """Leaves a note for `report`: why blocks are not fused."""
+    vars(model)["_slmops_left"] = {n: (block.what, block.reason) for n, block in left.items()}

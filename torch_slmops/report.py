@@ -9,11 +9,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from torch_slmops.fuse import looks_like_a_block
+from torch_slmops.fused import Fused, FusedAttention
 from torch_slmops.isa import isa
 from torch_slmops.modules import Embedding, PackedModule
+from torch_slmops.packed_rows import Rows
 from torch_slmops.survey import Site, find_sites
 
-__all__ = ["LeftRow", "PackedRow", "Report", "report"]
+__all__ = ["FusedRow", "LeftRow", "PackedRow", "Report", "UnfusedRow", "report"]
 
 # Modules that copy, choose or clear values: the same bits on every CPU.
 _EXACT = (
@@ -62,6 +65,26 @@ class LeftRow:
 
 
 @dataclass(frozen=True)
+class FusedRow:
+    """Fused blocks that are alike: their names, number and class, and what they are now."""
+
+    name: str
+    count: int
+    what: str
+    now: str
+
+
+@dataclass(frozen=True)
+class UnfusedRow:
+    """Blocks that are not fused, and why."""
+
+    name: str
+    count: int
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Report:
     """What `report` found; `str()` is a table of it.
 
@@ -70,6 +93,8 @@ class Report:
         isa: The ISA row in use.
         packed: Rows of packed modules.
         left: Rows of modules that hold a weight matrix and are not packed.
+        fused: Rows of fused blocks.
+        unfused: Rows of blocks that look like those that are fused elsewhere.
         bytes_before: All parameters and buffers, had nothing been packed.
         bytes_after: All parameters and buffers now.
         not_portable: Classes of modules, with their numbers, that compute by other code than the
@@ -80,6 +105,8 @@ class Report:
     isa: str
     packed: tuple[PackedRow, ...]
     left: tuple[LeftRow, ...]
+    fused: tuple[FusedRow, ...]
+    unfused: tuple[UnfusedRow, ...]
     bytes_before: int
     bytes_after: int
     not_portable: tuple[tuple[str, int], ...]
@@ -103,6 +130,17 @@ class Report:
             ("layers", "", "what", "why", "MB"),
             [(e.name, f"x{e.count}", e.what, e.reason, _mb(e.bytes)) for e in self.left],
         )
+        lines += ["", "fused blocks"]
+        lines += _table(
+            ("blocks", "", "class", "now"),
+            [(f.name, f"x{f.count}", f.what, f.now) for f in self.fused],
+        )
+        if self.unfused:
+            lines += ["", "blocks not fused"]
+            lines += _table(
+                ("blocks", "", "class", "why"),
+                [(u.name, f"x{u.count}", u.what, u.reason) for u in self.unfused],
+            )
         smaller = self.bytes_before / max(self.bytes_after, 1)
         before, after = _mb(self.bytes_before), _mb(self.bytes_after)
         lines += [
@@ -134,19 +172,68 @@ def report(model: nn.Module) -> Report:
     packed = _packed_rows(site for site in sites if site.is_packed)
     bytes_after = _model_bytes(model)
     saved = sum(row.bytes_before - row.bytes_after for row in packed)
+    ours = {module for module in model.modules() if _is_ours(module)}
+    for block in list(ours):
+        if isinstance(block, Fused):  # what it passes by, such as an activation
+            ours.update(block.get_submodule(name) for name in block._inner())
     others = Counter(
-        type(module).__name__
+        _class(module)
         for module in model.modules()
-        if not isinstance(module, PackedModule) and type(module) not in _EXACT
+        if module not in ours and type(module) not in _EXACT
     )
     return Report(
         type(model).__name__,
         isa(),
         packed,
         _left_rows(site for site in sites if not site.is_packed),
+        _fused_rows(model),
+        _unfused_rows(model),
         bytes_after + saved,
         bytes_after,
         tuple(others.items()),
+    )
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether it computes with nothing but the ops of this package, or exactly."""
+    if isinstance(module, FusedAttention):  # softmax and its two matrix products are torch's
+        return False
+    return isinstance(module, PackedModule | Rows | Fused)
+
+
+def _class(module: nn.Module) -> str:
+    """The name of a module's class, as it was before it was fused."""
+    kind = type(module).__bases__[1] if isinstance(module, Fused) else type(module)
+    return kind.__name__
+
+
+def _fused_rows(model: nn.Module) -> tuple[FusedRow, ...]:
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Fused):
+            key = (_pattern(name), _class(module), module.describe())
+            groups.setdefault(key, []).append(name)
+    return tuple(
+        FusedRow(pattern if len(names) > 1 else names[0], len(names), what, now)
+        for (pattern, what, now), names in groups.items()
+    )
+
+
+def _unfused_rows(model: nn.Module) -> tuple[UnfusedRow, ...]:
+    notes: dict[str, tuple[str, str]] | None = vars(model).get("_slmops_left")
+    if notes is None:
+        unasked = "optimize was not called, or with fuse=False"
+        notes = {
+            name: (type(module).__name__, unasked)
+            for name, module in model.named_modules()
+            if looks_like_a_block(module) and not isinstance(module, Fused)
+        }
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for name, (what, reason) in notes.items():
+        groups.setdefault((_pattern(name), what, reason), []).append(name)
+    return tuple(
+        UnfusedRow(pattern if len(names) > 1 else names[0], len(names), what, reason)
+        for (pattern, what, reason), names in groups.items()
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_slmops.modules import PackedModule
 from torch_slmops.weights import FLOAT_DTYPES
 
-__all__ = ["Patterns", "Site", "check_model", "find_sites", "select_sites"]
+__all__ = ["Patterns", "Site", "check_model", "chooser", "find_sites", "weight_key"]
 
 # Names as fnmatch patterns, or a function of the qualified name.
 Patterns: TypeAlias = str | Iterable[str] | Callable[[str], bool]
@@ -87,38 +87,52 @@ def weight_key(weight: Tensor) -> tuple[object, ...]:
     return weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype
 
 
-def select_sites(
-    sites: list[Site], include: Patterns | None, exclude: Patterns | None
-) -> list[Site]:
-    """Returns the sites that `include` (None: all) names and `exclude` (None: none) does not.
+def chooser(
+    sites: list[Site], blocks: Iterable[str], include: Patterns | None, exclude: Patterns | None
+) -> tuple[Callable[..., bool], Callable[..., bool]]:
+    """Returns which modules `include` (None: all) names, and which `exclude` (None: none) does.
+
+    Args:
+        sites: What patterns are meant for: an error shows their names.
+        blocks: Other names that patterns may match.
+        include: Names to choose.
+        exclude: Names to leave.
+
+    Returns:
+        Two functions of all the names of a module: included, and excluded.
 
     Raises:
-        ValueError: A pattern matches none of the sites.
+        ValueError: A pattern matches none of the names.
         TypeError: Neither patterns nor a function.
     """
-    included = _matching("include", include, sites, default=True)
-    excluded = _matching("exclude", exclude, sites, default=False)
-    return [site for site in sites if included(site) and not excluded(site)]
+    names = [*(name for site in sites for name in site.names), *blocks]
+    included = _matching("include", include, sites, names, default=True)
+    excluded = _matching("exclude", exclude, sites, names, default=False)
+    return lambda *names: included(names), lambda *names: excluded(names)
 
 
 def _matching(
-    argument: str, patterns: Patterns | None, sites: list[Site], default: bool
-) -> Callable[[Site], bool]:
+    argument: str,
+    patterns: Patterns | None,
+    sites: list[Site],
+    known: list[str],
+    default: bool,
+) -> Callable[[Iterable[str]], bool]:
     if patterns is None:
-        return lambda site: default
+        return lambda names: default
     if callable(patterns):
         chosen = patterns
-        return lambda site: any(chosen(name) for name in site.names)
+        return lambda names: any(chosen(name) for name in names)
     listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     if not all(isinstance(pattern, str) for pattern in listed):
         raise TypeError(f"{argument}: expected patterns of names or a function, got {patterns!r}")
     for pattern in listed:
-        if not any(fnmatchcase(name, pattern) for site in sites for name in site.names):
+        if not any(fnmatchcase(name, pattern) for name in known):
             raise ValueError(
                 f"{argument}: expected patterns (as in fnmatch) that match the name of a layer, "
                 f"got {pattern!r}; the layers are named like {_some_names(sites)}"
             )
-    return lambda site: any(fnmatchcase(name, one) for name in site.names for one in listed)
+    return lambda names: any(fnmatchcase(name, one) for name in names for one in listed)
 
 
 def _some_names(sites: list[Site]) -> str:

@@ -18,9 +18,14 @@ from torch_slmops import ops
 __all__ = ["WeightView", "dequantize"]
 
 
-def dequantize(packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Returns the values of a packed weight of `shape` (N, K): all rows looked up, of `dtype`."""
-    return ops.embedding(torch.arange(shape[0]), packed, shape[1], dtype)
+def dequantize(
+    packed: Tensor, shape: tuple[int, int], dtype: torch.dtype, rows: Tensor | None = None
+) -> Tensor:
+    """Returns the values of a packed weight, of `shape` (N, K) and `dtype`.
+
+    `rows`, int64 [N], names the packed rows, where they are not 0..N-1.
+    """
+    return ops.embedding(torch.arange(shape[0]) if rows is None else rows, packed, shape[1], dtype)
 
 
 # Writes that reach no mutating op of the view itself: they would change a dequantized copy.
@@ -39,18 +44,27 @@ class WeightView(torch.Tensor):
 
     Attributes:
         packed: The packed weight, uint8 [bytes].
+        rows: Which of its rows, int64 [N], or None for 0..N-1.
     """
 
     packed: Tensor
+    rows: Tensor | None
     # torch.nn.Parameter's instance check asks for this mark. A module's `weight` has to pass it:
     # transformers' tie_weights looks for parameters.
     _is_param = True
 
     @staticmethod
-    def __new__(cls, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> WeightView:
+    def __new__(
+        cls,
+        packed: Tensor,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        rows: Tensor | None = None,
+    ) -> WeightView:
         make: Any = torch.Tensor._make_wrapper_subclass
         view: WeightView = make(cls, shape, dtype=dtype, device=packed.device)
         view.packed = packed
+        view.rows = rows
         return view
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -59,14 +73,14 @@ class WeightView(torch.Tensor):
         )
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        return WeightView, (self.packed, tuple(self.shape), self.dtype)
+        return WeightView, (self.packed, tuple(self.shape), self.dtype, self.rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightView:
         return self  # read-only
 
     def dequantize(self) -> Tensor:
         """Returns the values, [N, K] of this dtype."""
-        return dequantize(self.packed, (self.shape[0], self.shape[1]), self.dtype)
+        return dequantize(self.packed, (self.shape[0], self.shape[1]), self.dtype, self.rows)
 
     @classmethod
     def __torch_function__(
@@ -93,7 +107,7 @@ class WeightView(torch.Tensor):
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             view: WeightView = args[0]
-            return WeightView(view.packed, (view.shape[0], view.shape[1]), view.dtype)
+            return WeightView(view.packed, (view.shape[0], view.shape[1]), view.dtype, view.rows)
         if func._schema.is_mutable and args and isinstance(args[0], WeightView):
             raise _read_only(func)
         values = tree_map_only(WeightView, WeightView.dequantize, (args, dict(kwargs or {})))

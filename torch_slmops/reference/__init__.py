@@ -16,6 +16,7 @@ from torch_slmops.reference.arithmetic import (
 from torch_slmops.reference.choose import quantize
 from torch_slmops.reference.compute import embedding, linear, quantize_rows
 from torch_slmops.reference.functions import activate
+from torch_slmops.reference.fused import qkv_rotary, swiglu
 from torch_slmops.reference.layout import pack, unpack
 from torch_slmops.reference.rms_norm import add_rms_norm, rms_norm
 from torch_slmops.reference.rotary import rotary, rotary_table
@@ -28,6 +29,7 @@ __all__ = [
     "fma32",
     "linear",
     "pack",
+    "qkv_rotary",
     "quantize",
     "quantize_rows",
     "reduce16",
@@ -35,6 +37,7 @@ __all__ = [
     "rotary",
     "rotary_table",
     "round_to",
+    "swiglu",
     "to_bf16",
     "to_f16",
     "unpack",

@@ -1,0 +1,30 @@
+"""The ops of `torch.ops.slmops`: for each a typed wrapper and, beside it, its fake for tracing.
+
+The ops run on CPU tensors and are for inference: they have no gradient. `torch_slmops.reference`
+defines each of them in plain torch, bit for bit; docs/arithmetic.md says it in words. All errors
+are `RuntimeError`s that say what was expected and what came, except where noted.
+"""
+
+from torch_slmops.ops.common import refuse_gradient
+from torch_slmops.ops.fused import qkv_rotary, swiglu
+from torch_slmops.ops.linear import embedding, linear
+from torch_slmops.ops.vector import add_rms_norm, rms_norm, rotary, rotary_table
+from torch_slmops.ops.weights import Header, describe, pack_, packed_bytes, quantize, unpack
+
+__all__ = [
+    "Header",
+    "add_rms_norm",
+    "describe",
+    "embedding",
+    "linear",
+    "pack_",
+    "packed_bytes",
+    "qkv_rotary",
+    "quantize",
+    "refuse_gradient",
+    "rms_norm",
+    "rotary",
+    "rotary_table",
+    "swiglu",
+    "unpack",
+]
