@@ -21,9 +21,14 @@ def packed(fmt: Format = FORMATS[0]) -> Tensor:
 def readers(weight: Tensor) -> list[Any]:
     """Each op that reads a packed weight, ready to be called."""
     x = torch.zeros(2, K)
+    heads = ([2, 1, 1], N // 4)
     return [
         lambda: ops.unpack(weight),
         lambda: ops.linear(x, weight, N),
+        lambda: ops.qkv_rotary(
+            x[None], weight, *heads, None, None, None, 0.0, 0.0, None, None, False
+        ),
+        lambda: ops.swiglu(x, weight, weight, K, N, "silu"),
         lambda: ops.embedding(torch.zeros(1, dtype=torch.int64), weight, K, torch.float32),
         lambda: ops.describe(weight),
     ]
@@ -86,6 +91,80 @@ def test_linear_refuses(name: str) -> None:
     arguments = {"out_features": N, **options}
     with pytest.raises(RuntimeError, match=words):
         ops.linear(x, packed(), **arguments)
+
+
+def qkv_rotary(**changes: Any) -> Any:
+    """A valid call with some arguments replaced."""
+    arguments: dict[str, Any] = {
+        "x": torch.zeros(2, 3, K),
+        "packed": packed(),
+        "heads_q_k_v": [2, 1, 1],
+        "head_dim": 10,
+        "bias": None,
+        "q_norm": None,
+        "k_norm": None,
+        "eps": 1e-6,
+        "offset": 0.0,
+        "cos": torch.zeros(1, 3, 8),
+        "sin": torch.zeros(1, 3, 8),
+        "interleaved": False,
+    }
+    return ops.qkv_rotary(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"x": torch.zeros(3, K)}, r"\(batch, length, k\)"),
+        ({"x": torch.zeros(2, 3, K + 1)}, "96"),
+        ({"x": torch.zeros(2, 3, K, dtype=torch.float64)}, "float64"),
+        ({"heads_q_k_v": [2, 1]}, "three numbers"),
+        ({"heads_q_k_v": [2, 1, 2]}, "40"),
+        ({"heads_q_k_v": [5, -2, 1]}, "three numbers"),
+        ({"head_dim": 0}, "positive head_dim"),
+        ({"bias": torch.zeros(N + 1)}, "bias"),
+        ({"q_norm": torch.zeros(11)}, "q_norm"),
+        ({"k_norm": torch.zeros(10, 1)}, "k_norm"),
+        ({"k_norm": torch.zeros(10, dtype=torch.int32)}, "k_norm"),
+        ({"cos": None}, "both or none"),
+        ({"sin": torch.zeros(1, 3, 6)}, "one shape"),
+        ({"cos": torch.zeros(1, 2, 8)}, "cos of shape"),
+        ({"cos": torch.zeros(1, 3, 12), "sin": torch.zeros(1, 3, 12)}, "at most 10"),
+        ({"cos": torch.zeros(1, 3, 7), "sin": torch.zeros(1, 3, 7)}, "even"),
+        ({"perm": torch.arange(K) + 1}, "perm"),
+    ],
+)
+def test_qkv_rotary_refuses(changes: dict[str, Any], words: str) -> None:
+    qkv_rotary()
+    with pytest.raises(RuntimeError, match=words):
+        qkv_rotary(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"x": torch.zeros(2, K + 1)}, "96"),
+        ({"hidden": 0}, "hidden"),
+        ({"hidden": 65}, "192"),
+        ({"out_features": N + 1}, "40"),
+        ({"down": random_packed(FORMATS[0], N, 63)}, "hidden == 63"),
+        ({"activation": "swish"}, "gelu_tanh"),
+        ({"gate_up_bias": torch.zeros(64)}, "gate_up_bias"),
+        ({"down_bias": torch.zeros(N, dtype=torch.int8)}, "down_bias"),
+    ],
+)
+def test_swiglu_refuses(changes: dict[str, Any], words: str) -> None:
+    arguments: dict[str, Any] = {
+        "x": torch.zeros(2, K),
+        "gate_up": random_packed(FORMATS[0], 128, K),
+        "down": random_packed(FORMATS[0], N, 64),
+        "hidden": 64,
+        "out_features": N,
+        "activation": "silu",
+    }
+    ops.swiglu(**arguments)
+    with pytest.raises(RuntimeError, match=words):
+        ops.swiglu(**(arguments | changes))
 
 
 @pytest.mark.parametrize("ids", [[-1], [N], [0, 1 << 40]])

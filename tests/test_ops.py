@@ -15,12 +15,13 @@ from cases import (
     FORMATS,
     Case,
     Format,
-    assert_case_covers,
+    assert_cases_cover,
     random_packed,
     random_parts,
     random_values,
     whole_k_only,
 )
+from fused_cases import FUSED_CASES, random_gate_up
 from torch import Tensor
 
 from torch_slmops import ops, reference
@@ -30,12 +31,15 @@ OPS = {
     "add_rms_norm",
     "embedding",
     "linear",
+    "qkv_rotary",
     "quantize",
     "rms_norm",
     "rotary",
     "rotary_table",
+    "swiglu",
     "unpack",
 }
+ALL_CASES = [*CASES, *FUSED_CASES]
 
 
 def assert_same(actual: Any, expected: Any) -> None:
@@ -48,7 +52,7 @@ def assert_same(actual: Any, expected: Any) -> None:
 
 
 def test_every_op_has_a_case() -> None:
-    assert_case_covers(OPS)
+    assert_cases_cover(ALL_CASES, OPS)
 
 
 @functools.cache
@@ -58,7 +62,7 @@ def expected_result(case: Case, dtype: torch.dtype) -> Any:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ALL_CASES, ids=str)
 def test_op_equals_reference(case: Case, dtype: torch.dtype, isa: str) -> None:
     arguments = case.arguments(dtype)
     if case.op == "quantize" and not arguments[0].isfinite().all():  # float16 overflowed
@@ -172,6 +176,25 @@ def vector_calls() -> list[Any]:
     return calls
 
 
+def fused_calls() -> list[Any]:
+    """opcheck's calls of the fused ops."""
+    calls: list[Any] = []
+    cos, sin = torch.randn(2, 1, 3, 16)
+    for fmt, dtype in itertools.product((FORMATS[0], FORMATS[8]), FLOATS):
+        x, qkv = torch.randn(2, 3, 96).to(dtype), random_packed(fmt, 100, 96)
+        norm = torch.randn(20)
+        calls.append(
+            ("qkv_rotary", (x, qkv, [3, 1, 1], 20, None, None, None, 0.0, 0.0, None, None, False))
+        )
+        options = (torch.randn(100), norm, norm, 1e-6, 1.0, cos, sin, True, torch.randperm(96))
+        calls.append(("qkv_rotary", (x[..., :].flip(0), qkv, [3, 1, 1], 20, *options)))
+        gate_up, down = random_gate_up(fmt, 40, 96, 3), random_packed(fmt, 50, 40)
+        calls.append(("swiglu", (x, gate_up, down, 40, 50, "silu")))
+        biases = (torch.randn(80), torch.randn(50))
+        calls.append(("swiglu", (x[:0], gate_up, down, 40, 50, "gelu", *biases)))
+    return calls
+
+
 def opcheck_arguments() -> list[Any]:
     """(op, arguments) for each op, with and without its optional arguments."""
     sub16, group = FORMATS[0], FORMATS[8]
@@ -187,6 +210,7 @@ def opcheck_arguments() -> list[Any]:
     calls.append(("pack_", (torch.empty_like(packed[0]), *parts, 4, 16, 32, "int8")))
     calls.append(("quantize", (torch.randn(5, 70), 4, "sub16", 16, True, "mse")))
     calls += vector_calls()
+    calls += fused_calls()
     return calls
 
 

@@ -115,5 +115,6 @@ void test_fp_scope();
 void test_activations(bool full);
 void test_vectors(int cases);
 void test_sin_cos();
+void test_fused(int cases);
 
 }  // namespace slmops::testing
