@@ -64,6 +64,7 @@ struct Step {
 };
 
 constexpr int64_t kShareRows = 64;
+constexpr int kNextLines = 16;  // 0 to 6 % of the time of 1 to 4 rows; 64 cost 10 % (Zen 4)
 
 /// Asks for the bytes after the chunk, a share of them at each of its passes, so that memory works
 /// while the passes over lines in the cache do. With larger shares than those of 64 rows it costs
@@ -79,7 +80,9 @@ template <int kBits, ZeroKind kZero>
 inline void group_step(const Step& s) {
   for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
     if (s.end - s.begin > kShareRows) prefetch_share(s, row);
-    group_pass<kBits, kZero>(*s.args.format, s.chunk, half, s.rows_at(row), acc);
+    const PassRows rows = s.rows_at(row);
+    group_pass<kBits, kZero>(*s.args.format, s.chunk, half,
+                             LineDots<kBits>{rows.codes, rows.code_stride}, rows, acc);
   });
 }
 
@@ -204,6 +207,10 @@ inline void linear(const LinearArgs& args, int64_t tile_index, int64_t begin, in
     s.chunk.lines += s.chunk_bytes;
     s.act_group += chunk_act_groups;
     s.unit += chunk_units;
+  }
+  // What follows in memory is the next tile: memory works while this one is finished.
+  if (end - begin <= kStreamRows) {
+    for (int i = 0; i < kNextLines; ++i) prefetch(tile + f.tile_bytes + i * kLineBytes);
   }
   finish_tile(args, tile + f.k_padded / block * f.group_bytes, tile_index * kTile, begin, end,
               sums);

@@ -52,14 +52,38 @@ SLMOPS_INLINE void add_scaled(const I32 (&sum)[kRows][kLines], const float* scal
 struct GroupWalk {
   const uint8_t* group;
   int64_t in_group;  // k of the group behind it
+  int64_t k;         // of the chunk behind it
+};
+
+/// The integer dots of a unit, `k` of the chunk behind it.
+template <int kBits>
+struct LineDots {
+  const int8_t* codes;
+  int64_t stride;
+
+  template <int kRows, int kLines>
+  SLMOPS_INLINE void add(const uint8_t* lines, int half, int64_t k, int64_t unit,
+                         I32 (&sum)[kRows][kLines]) const {
+    lines += half * kLineBytes;
+    const int8_t* at = codes + k;
+    for (const int8_t* end = at + unit; at < end; lines += 8 * kLineBytes) {
+      if constexpr (kBits == 4) {
+        add_int4<kRows, kLines>(lines, at, stride, sum);
+        at += 32;
+      } else {
+        add_int8<kRows, kLines>(lines, at, stride, sum);
+        at += 16;
+      }
+    }
+  }
 };
 
 /// t of an activation group, which the walk is moved past: t = 0; for its units t = fma(I, s, t).
-/// Codes and presets are those of its first k.
+/// Presets are those of its first unit.
 template <int kBits, ZeroKind kZero, int kRows, int kLines>
-SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, const int8_t* codes,
-                               const int32_t* presets, const PassRows& rows,
-                               F32 (&t)[kRows][kLines]) {
+SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half,
+                               const LineDots<kBits>& dots, const int32_t* presets,
+                               int64_t preset_stride, F32 (&t)[kRows][kLines]) {
   constexpr int64_t kLineK = kBits == 4 ? 8 : 4;
   const int64_t unit = preset_unit(f);
   const int64_t scale_offset = f.group / kLineK * 2 * kLineBytes + half * 32;
@@ -70,26 +94,16 @@ SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, const
   }
   for (int64_t done = 0; done < f.act_group; done += unit, ++presets) {
     const uint8_t* scales = walk->group + scale_offset;
-    const uint8_t* lines =
-        walk->group + walk->in_group / kLineK * 2 * kLineBytes + half * kLineBytes;
     I32 sum[kRows][kLines];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
       for (int l = 0; l < kLines; ++l) {
         sum[r][l] =
-            start_sums<kBits, kZero>(presets[r * rows.preset_stride], scales + kLineBytes + l * 32);
+            start_sums<kBits, kZero>(presets[r * preset_stride], scales + kLineBytes + l * 32);
       }
     }
-    for (const int8_t* end = codes + unit; codes < end; lines += 8 * kLineBytes) {
-      if constexpr (kBits == 4) {
-        add_int4<kRows, kLines>(lines, codes, rows.code_stride, sum);
-        codes += 32;
-      } else {
-        add_int8<kRows, kLines>(lines, codes, rows.code_stride, sum);
-        codes += 16;
-      }
-    }
+    dots.add(walk->group + walk->in_group / kLineK * 2 * kLineBytes, half, walk->k, unit, sum);
 #pragma GCC unroll 2
     for (int l = 0; l < kLines; ++l) {
       const F32 s = load_scale(f.scale_type, scales + l * 32);
@@ -99,11 +113,12 @@ SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, const
         const F32 shift = s * load_scale(f.scale_type, scales + kLineBytes + l * 32);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          const float code_sum = static_cast<float>(presets[r * rows.preset_stride]);
+          const float code_sum = static_cast<float>(presets[r * preset_stride]);
           t[r][l] = fnma(splat(code_sum), shift, t[r][l]);
         }
       }
     }
+    walk->k += unit;
     walk->in_group += unit;
     if (walk->in_group == f.group) {
       walk->in_group = 0;
@@ -114,15 +129,15 @@ SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, const
 
 /// `group` lines: for activation groups a, acc = fma(t, s_a, acc).
 template <int kBits, ZeroKind kZero, int kRows, int kLines>
-SLMOPS_INLINE void group_pass(const Format& f, const Chunk& chunk, int half, const PassRows& rows,
+SLMOPS_INLINE void group_pass(const Format& f, const Chunk& chunk, int half,
+                              const LineDots<kBits>& dots, const PassRows& rows,
                               F32 (&acc)[kRows][kLines]) {
-  GroupWalk walk = {chunk.lines, 0};
-  const int8_t* codes = rows.codes;
+  GroupWalk walk = {chunk.lines, 0, 0};
   const int32_t* presets = rows.presets;
   const float* scale = rows.scale;
-  for (const int8_t* end = codes + chunk.count; codes < end; codes += f.act_group) {
+  while (walk.k < chunk.count) {
     F32 t[kRows][kLines];
-    group_terms<kBits, kZero, kRows, kLines>(f, &walk, half, codes, presets, rows, t);
+    group_terms<kBits, kZero>(f, &walk, half, dots, presets, rows.preset_stride, t);
     presets += rows.presets_per_act;
     add_scaled<kRows, kLines>(t, scale++, rows.scale_stride, acc);
   }
