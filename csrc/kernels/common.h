@@ -147,6 +147,11 @@ SLMOPS_INLINE void with_row(const SourceRows& src, int64_t row, int64_t columns,
 
 /// x rounded once to type t, as fp32 again.
 SLMOPS_INLINE F32 round_as(DType t, F32 x) {
+  if (t == DType::bf16) {  // as store_bf16, but in registers
+    const I32 bits = bits_of(canonical_nan(x));
+    const I32 odd = shift_right<16>(bits) & splat_i32(1);
+    return from_bits((bits + odd + splat_i32(0x7fff)) & splat_i32(-0x10000));
+  }
   alignas(64) uint8_t rounded[64];
   store_as(t, rounded, 0, x);
   return load_as(t, rounded, 0);
