@@ -24,26 +24,19 @@ struct Problem {
 
 void run_slab(const Problem& p, int64_t row, int64_t rows) {
   const Format& f = p.f;
-  const Cut cut = cut_work(f.tiles, rows, f.k_padded * kTile);
-  const int64_t share_bytes = aligned_bytes(scratch_bytes(f, cut.block));
-  Scratch scratch(activation_bytes(f, rows) + cut.shares * share_bytes);
+  Scratch scratch(activation_bytes(f, rows));
   const SlabActivations x = take_activations(f, rows, &scratch);
-  uint8_t* shares = scratch.take<uint8_t>(cut.shares * share_bytes);
   SourceRows src = p.x;
   src.x = static_cast<const uint8_t*>(src.x) + row * src.stride * size_of(src.type);
   fill_activations(f, src, rows, x);
-  LinearArgs args = linear_args(f, p.packed, x);
-  args.bias = p.bias.data();
-  args.bias_type = p.bias.type;
-  args.out = p.out + row * f.n * size_of(p.out_type);
-  args.out_type = p.out_type;
-  args.out_stride = f.n;
-  const KernelTable& table = kernels();
-  run_cut(cut, [&](int64_t share, int64_t tile, int64_t first, int64_t last) {
-    LinearArgs mine = args;
-    mine.scratch = shares + share * share_bytes;
-    table.linear(mine, tile, first, last);
-  });
+  run_product({.f = f,
+               .packed = p.packed,
+               .x = x,
+               .rows = rows,
+               .bias = p.bias.data(),
+               .bias_type = p.bias.type,
+               .out = p.out + row * f.n * size_of(p.out_type),
+               .out_type = p.out_type});
 }
 
 Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features,

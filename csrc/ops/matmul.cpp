@@ -73,6 +73,26 @@ Cut cut_work(int64_t units, int64_t rows, int64_t cost) {
   return {units, rows, block, items, share_count(items, block * cost)};
 }
 
+void run_product(const Product& p) {
+  const Format& f = p.f;
+  const Cut cut = cut_work(f.tiles, p.rows, f.k_padded * kTile);
+  const int64_t share_bytes = aligned_bytes(scratch_bytes(f, cut.block));
+  Scratch scratch(cut.shares * share_bytes);
+  uint8_t* shares = scratch.take<uint8_t>(cut.shares * share_bytes);
+  LinearArgs args = linear_args(f, p.packed, p.x);
+  args.bias = p.bias;
+  args.bias_type = p.bias_type;
+  args.out = p.out;
+  args.out_type = p.out_type;
+  args.out_stride = f.n;
+  const KernelTable& table = kernels();
+  run_cut(cut, [&](int64_t share, int64_t tile, int64_t first, int64_t last) {
+    LinearArgs mine = args;
+    mine.scratch = shares + share * share_bytes;
+    table.linear(mine, tile, first, last);
+  });
+}
+
 Format weight_format(const char* op, const char* argument, const Tensor& packed, int64_t n,
                      const char* what, const Tensor& x) {
   const Format f = packed_format(op, packed);

@@ -54,6 +54,19 @@ void run_cut(const Cut& cut, const Body& body) {
   });
 }
 
+/// A whole product of a slab: out[rows][n] of out_type = activations * weight + bias.
+struct Product {
+  const Format& f;
+  const uint8_t* packed;
+  const SlabActivations& x;
+  int64_t rows;
+  const void* bias;  // [n] of bias_type, or null
+  DType bias_type;
+  void* out;
+  DType out_type;
+};
+void run_product(const Product& p);
+
 /// The packed weight `packed` after checks that it has `n` outputs and as many inputs as x has
 /// columns; `what` and `argument` name them in errors.
 Format weight_format(const char* op, const char* argument, const Tensor& packed, int64_t n,

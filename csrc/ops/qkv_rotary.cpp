@@ -30,13 +30,6 @@ struct Problem {
   bool by_rows;  // a norm wants all of a row
 };
 
-LinearArgs projection(const Problem& p, const SlabActivations& x) {
-  LinearArgs args = linear_args(p.f, p.packed, x);
-  args.bias = p.bias.data();
-  args.bias_type = p.bias.type;
-  return args;
-}
-
 /// Units of whole heads, each finished as soon as it is computed.
 void run_by_units(const Problem& p, const SlabActivations& x, int64_t row, int64_t rows) {
   const Format& f = p.f;
@@ -47,7 +40,9 @@ void run_by_units(const Problem& p, const SlabActivations& x, int64_t row, int64
       linear_bytes + aligned_bytes(cut.block * width * int64_t{sizeof(float)});
   Scratch scratch(cut.shares * share_bytes);
   uint8_t* shares = scratch.take<uint8_t>(cut.shares * share_bytes);
-  const LinearArgs args = projection(p, x);
+  LinearArgs args = linear_args(f, p.packed, x);
+  args.bias = p.bias.data();
+  args.bias_type = p.bias.type;
   const KernelTable& table = kernels();
   run_cut(cut, [&](int64_t share, int64_t unit, int64_t first, int64_t last) {
     LinearArgs mine = args;
@@ -67,20 +62,17 @@ void run_by_units(const Problem& p, const SlabActivations& x, int64_t row, int64
 /// All outputs of a row, then its heads.
 void run_by_rows(const Problem& p, const SlabActivations& x, int64_t row, int64_t rows) {
   const Format& f = p.f;
-  const Cut cut = cut_work(f.tiles, rows, f.k_padded * kTile);
-  const int64_t share_bytes = aligned_bytes(scratch_bytes(f, cut.block));
-  Scratch scratch(cut.shares * share_bytes + aligned_bytes(rows * f.n * int64_t{sizeof(float)}));
-  uint8_t* shares = scratch.take<uint8_t>(cut.shares * share_bytes);
+  Scratch scratch(aligned_bytes(rows * f.n * int64_t{sizeof(float)}));
   float* outputs = scratch.take<float>(rows * f.n);
-  LinearArgs args = projection(p, x);
-  args.out = outputs;
-  args.out_stride = f.n;
+  run_product({.f = f,
+               .packed = p.packed,
+               .x = x,
+               .rows = rows,
+               .bias = p.bias.data(),
+               .bias_type = p.bias.type,
+               .out = outputs,
+               .out_type = DType::f32});
   const KernelTable& table = kernels();
-  run_cut(cut, [&](int64_t share, int64_t tile, int64_t first, int64_t last) {
-    LinearArgs mine = args;
-    mine.scratch = shares + share * share_bytes;
-    table.linear(mine, tile, first, last);
-  });
   parallel(rows, share_count(rows, f.n * kHeadCost), [&](int64_t, int64_t begin, int64_t end) {
     table.heads(p.heads, outputs + begin * f.n, f.n, row + begin, end - begin, 0, f.n / p.heads.d);
   });

@@ -68,26 +68,6 @@ void run_gate_up(const Problem& p, const SlabActivations& x, const GateArgs& gat
   });
 }
 
-void run_down(const Problem& p, const SlabActivations& h, int64_t row, int64_t rows) {
-  const Format& f = p.down;
-  const Cut cut = cut_work(f.tiles, rows, f.k_padded * kTile);
-  const int64_t share_bytes = aligned_bytes(scratch_bytes(f, cut.block));
-  Scratch scratch(cut.shares * share_bytes);
-  uint8_t* shares = scratch.take<uint8_t>(cut.shares * share_bytes);
-  LinearArgs args = linear_args(f, p.packed_down, h);
-  args.bias = p.down_bias.data();
-  args.bias_type = p.down_bias.type;
-  args.out = p.out + row * f.n * size_of(p.out_type);
-  args.out_type = p.out_type;
-  args.out_stride = f.n;
-  const KernelTable& table = kernels();
-  run_cut(cut, [&](int64_t share, int64_t tile, int64_t first, int64_t last) {
-    LinearArgs mine = args;
-    mine.scratch = shares + share * share_bytes;
-    table.linear(mine, tile, first, last);
-  });
-}
-
 void run_slab(const Problem& p, int64_t row, int64_t rows) {
   const Format& down = p.down;
   const int64_t span = span_of(down);
@@ -109,7 +89,14 @@ void run_slab(const Problem& p, int64_t row, int64_t rows) {
   if (wide_bytes > 0) {
     fill_activations(down, {wide, DType::f32, down.k_padded, nullptr}, rows, h);
   }
-  run_down(p, h, row, rows);
+  run_product({.f = down,
+               .packed = p.packed_down,
+               .x = h,
+               .rows = rows,
+               .bias = p.down_bias.data(),
+               .bias_type = p.down_bias.type,
+               .out = p.out + row * down.n * size_of(p.out_type),
+               .out_type = p.out_type});
 }
 
 /// The bias of gate and up, [2 * hidden], in the order of the tiles, padded with 0.
