@@ -111,5 +111,40 @@ SLMOPS_INLINE void add_sub16(const uint8_t* block, int j, int half, const int8_t
   }
 }
 
+/// Adds a whole block of 64 k of sub16 lines to the sums, reading it in the order in which it lies
+/// in memory: for at most kBlockRows rows, whose dots of four sub-groups fit the registers.
+template <int kRows, int kLines>
+SLMOPS_INLINE void add_sub16_block(const uint8_t* block, int half, const int8_t* codes,
+                                   int64_t stride, const int32_t* presets, int64_t preset_stride,
+                                   I32 (&sum)[kRows][kLines]) {
+  Dot4 dot[4][kRows][kLines];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l) {
+        const Line line = load_line(block + (4 * j + 2 * i + half + l) * kLineBytes);
+        const Line low = low_nibbles(line), high = high_nibbles(line);
+#pragma GCC unroll 2
+        for (int r = 0; r < kRows; ++r) {
+          const int8_t* at = codes + r * stride + 16 * j + 8 * i;
+          if (i == 0) dot[j][r][l] = sub_begin(presets[r * preset_stride + j]);
+          dot[j][r][l] = dot4(dot4(dot[j][r][l], low, at), high, at + 4);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int l = 0; l < kLines; ++l) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const I32 sub = sub_scales(block + 16 * kLineBytes + (half + l) * 32, j);
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) sum[r][l] = sub_end(sum[r][l], dot[j][r][l], sub);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace slmops::SLMOPS_ISA

@@ -162,10 +162,15 @@ SLMOPS_INLINE void sub16_pass(const Format& f, const Chunk& chunk, int half, con
       for (int l = 0; l < kLines; ++l) sum[r][l] = splat_i32(0);
     }
     for (const int8_t* end = codes + f.act_group; codes < end; codes += kGroups * kSubGroup) {
+      if constexpr (kWholeBlocks && kRows <= kBlockRows) {
+        add_sub16_block<kRows, kLines>(block, half, codes, rows.code_stride, presets,
+                                       rows.preset_stride, sum);
+      } else {
 #pragma GCC unroll 4
-      for (int j = 0; j < kGroups; ++j) {
-        add_sub16<kRows, kLines>(block, first + j, half, codes + j * kSubGroup, rows.code_stride,
-                                 presets + j, rows.preset_stride, sum);
+        for (int j = 0; j < kGroups; ++j) {
+          add_sub16<kRows, kLines>(block, first + j, half, codes + j * kSubGroup, rows.code_stride,
+                                   presets + j, rows.preset_stride, sum);
+        }
       }
       presets += kGroups;
       first = (first + kGroups) % 4;
