@@ -74,7 +74,7 @@ def attention(
 
 
 ATTENTION_CASES = [
-    *(attention((5, 40), d=d) for d in (8, 24, 64, 80, 128, 256)),
+    *(attention((5, 40), d=d) for d in (1, 8, 20, 64, 80, 128, 256)),
     *(attention((3, 20), heads) for heads in ((1, 1), (8, 8), (7, 1), (6, 2), (16, 2))),
     *(attention(lengths) for lengths in ((1, 1), (1, 33), (17, 17), (40, 9), (0, 5), (3, 0))),
     *(attention((2, keys), first=(0, -1)) for keys in (15, 255, 256, 257, 530)),

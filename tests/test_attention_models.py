@@ -8,16 +8,42 @@ import pytest
 import torch
 from bits import assert_same_bits
 from small_models import DECODERS, FAMILIES, logits, small, tokens
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_slmops import attention
 
 transformers = pytest.importorskip("transformers")
+sdpa_mask = pytest.importorskip("transformers.masking_utils").sdpa_mask
+
+
+def exact_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """All in the dtype of the inputs, where transformers' eager attention has a float32 softmax."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if attention_mask is None:
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool)
+        attention_mask = attention_mask.tril() if module.is_causal else attention_mask
+    p = scores.masked_fill(~attention_mask, -torch.inf).softmax(-1).nan_to_num(0.0)
+    return (p @ value).transpose(1, 2), None
 
 
 @pytest.fixture(autouse=True)
 def registered() -> None:
     attention.register_attention()
+    transformers.AttentionInterface.register("exact", exact_attention)
+    transformers.AttentionMaskInterface.register("exact", sdpa_mask)
 
 
 def padded(batch: int, length: int) -> tuple[Tensor, Tensor]:
@@ -36,7 +62,11 @@ def test_logits_are_as_exact_as_those_of_transformers(family: str) -> None:
     ids, mask = padded(3, 11)
     options = {"attention_mask": mask}
     theirs = logits(model, ids, **options)
-    exact = logits(small(family, dtype=torch.float64), ids, **options)
+    wide = small(family, dtype=torch.float64)
+    wide.set_attn_implementation("exact")
+    if family.endswith("_moe"):
+        wide.set_experts_implementation("eager")  # the others know no float64
+    exact = logits(wide, ids, **options)
     model.set_attn_implementation("slmops")
     ours = logits(model, ids, **options)
     real = mask.bool()
@@ -99,7 +129,8 @@ def test_attention_does_not_depend_on_padding(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(attention.ops, "attention", recorded)
     ids, mask = padded(3, 11)
-    logits(model, ids, attention_mask=mask)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)  # as generate has them
+    logits(model, ids, attention_mask=mask, position_ids=positions)
     q, k, v, _, first, *_ = seen[0]
     assert first is not None
     assert first.tolist() == [0, -2, -4]

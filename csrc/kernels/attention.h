@@ -238,6 +238,37 @@ inline void load_queries(const AttentionArgs& args, const Item& item, const Work
   memset(w.q + rows * d, 0, static_cast<size_t>((padded - rows) * d) * sizeof(float));
 }
 
+/// Elements [e, e + 16) of 16 keys, transposed, to rows e.. of a block.
+template <DType kType, class Lanes>
+SLMOPS_INLINE void load_square(const HeadRows& k, int64_t slot, Range seen, int64_t e, Lanes lanes,
+                               int64_t count, float* out) {
+  F32 x[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    const bool there = i >= seen.begin && i < seen.end;
+    x[i] = there ? load_lanes(kType, k.at(slot + i), e, lanes) : splat(0.0f);
+  }
+  transpose(x);
+  for (int64_t i = 0; i < count; ++i) store(out + i * kLanes, x[i]);
+}
+
+/// Elements [e, e + 32) of 16 bf16 keys, which travel in pairs: half the work of two squares.
+SLMOPS_INLINE void load_bf16_pairs(const HeadRows& k, int64_t slot, int64_t e, float* out) {
+  F32 x[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    const uint8_t* key = static_cast<const uint8_t*>(k.at(slot + i));
+    x[i] = load(reinterpret_cast<const float*>(key + e * size_of(DType::bf16)));
+  }
+  transpose(x);
+  const I32 high = splat_i32(static_cast<int32_t>(0xffff0000u));
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    store(out + 2 * i * kLanes, from_bits(shift_left<16>(bits_of(x[i]))));
+    store(out + (2 * i + 1) * kLanes, from_bits(bits_of(x[i]) & high));
+  }
+}
+
 /// Positions `seen` of the split, 16 by 16 transposed, into w.keys; zeros around them.
 inline void load_keys(const HeadRows& k, int64_t first, Range seen, int64_t d, const Workspace& w) {
   const Range blocks = whole_blocks(seen);
@@ -245,17 +276,19 @@ inline void load_keys(const HeadRows& k, int64_t first, Range seen, int64_t d, c
     constexpr DType kType = decltype(constant)::value;
     for (int64_t block = blocks.begin; block < blocks.end; block += kLanes) {
       float* out = w.keys + block * d;
-      for_lanes(d, [&](int64_t e, auto lanes) {
-        F32 x[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-          const int64_t at = block + i;
-          x[i] = at >= seen.begin && at < seen.end ? load_lanes(kType, k.at(first + at), e, lanes)
-                                                   : splat(0.0f);
+      const Range there = {seen.begin - block, seen.end - block};
+      int64_t e = 0;
+      if (kType == DType::bf16 && there.begin <= 0 && there.end >= kLanes) {
+        for (; e + 2 * kLanes <= d; e += 2 * kLanes) {
+          load_bf16_pairs(k, first + block, e, out + e * kLanes);
         }
-        transpose(x);
-        const int64_t count = d - e < kLanes ? d - e : kLanes;
-        for (int64_t i = 0; i < count; ++i) store(out + (e + i) * kLanes, x[i]);
-      });
+      }
+      for (; e + kLanes <= d; e += kLanes) {
+        load_square<kType>(k, first + block, there, e, Whole{}, kLanes, out + e * kLanes);
+      }
+      if (e < d) {
+        load_square<kType>(k, first + block, there, e, Part{d - e}, d - e, out + e * kLanes);
+      }
     }
   });
 }

@@ -27,6 +27,36 @@ SLMOPS_INLINE int64_t for_vectors(int64_t begin, int64_t end, const Body& body) 
   return begin;
 }
 
+template <int kRows, int kVectors>
+SLMOPS_INLINE void clear(F32 (&sum)[kRows][kVectors]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) sum[r][j] = splat(0.0f);
+  }
+}
+
+/// sum[r] += a[r * stride] * x, one fma each.
+template <int kRows, int kVectors>
+SLMOPS_INLINE void add_products(const float* a, int64_t stride, const F32 (&x)[kVectors],
+                                F32 (&sum)[kRows][kVectors]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const F32 factor = splat(a[r * stride]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) sum[r][j] = fma(factor, x[j], sum[r][j]);
+  }
+}
+
+template <int kRows, int kVectors>
+SLMOPS_INLINE void store_sums(const F32 (&sum)[kRows][kVectors], float* out, int64_t stride) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) store(out + r * stride + j * kLanes, sum[r][j]);
+  }
+}
+
 /// scores[row][i] for positions i in [begin, end), multiples of 16. q: [kRows][d]; keys:
 /// [16][d][16]; a row of scores has kSplit.
 template <int kRows>
@@ -36,20 +66,14 @@ inline void key_products(const float* q, const float* keys, int64_t d, int64_t b
     constexpr int kVectors = decltype(vectors)::value;
     const float* k = keys + i * d;
     F32 sum[kRows][kVectors];
-    for (auto& row : sum) {
-      for (F32& x : row) x = splat(0.0f);
-    }
+    clear(sum);
     for (int64_t e = 0; e < d; ++e) {
-      F32 key[kVectors];
-      for (int j = 0; j < kVectors; ++j) key[j] = load(k + (j * d + e) * kLanes);
-      for (int r = 0; r < kRows; ++r) {
-        const F32 x = splat(q[r * d + e]);
-        for (int j = 0; j < kVectors; ++j) sum[r][j] = fma(x, key[j], sum[r][j]);
-      }
+      F32 x[kVectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) x[j] = load(k + (j * d + e) * kLanes);
+      add_products(q + e, d, x, sum);
     }
-    for (int r = 0; r < kRows; ++r) {
-      for (int j = 0; j < kVectors; ++j) store(scores + r * kSplit + i + j * kLanes, sum[r][j]);
-    }
+    store_sums(sum, scores + i, kSplit);
   });
 }
 
@@ -73,21 +97,15 @@ inline void value_products(const float* p, const Values& v, int64_t begin, int64
     for_vectors<vectors_of(kRows)>(0, width, [&](int64_t e, auto vectors) {
       constexpr int kVectors = decltype(vectors)::value;
       F32 sum[kRows][kVectors];
-      for (auto& row : sum) {
-        for (F32& x : row) x = splat(0.0f);
-      }
+      clear(sum);
       const uint8_t* value = v.at(begin);
       for (int64_t i = begin; i < end; ++i, value += step) {
         F32 x[kVectors];
+#pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) x[j] = load_as(kType, value, e + j * kLanes);
-        for (int r = 0; r < kRows; ++r) {
-          const F32 weight = splat(p[r * kSplit + i]);
-          for (int j = 0; j < kVectors; ++j) sum[r][j] = fma(weight, x[j], sum[r][j]);
-        }
+        add_products(p + i, kSplit, x, sum);
       }
-      for (int r = 0; r < kRows; ++r) {
-        for (int j = 0; j < kVectors; ++j) store(out + r * out_stride + e + j * kLanes, sum[r][j]);
-      }
+      store_sums(sum, out + e, out_stride);
     });
   });
 }

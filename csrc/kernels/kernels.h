@@ -155,7 +155,7 @@ struct AttentionArgs {
   HeadView q;                                            // [batch][queries][heads][d]
   HeadView k;                                            // [batch][keys][kv_heads][d]
   HeadView v;                                            // [batch][keys][kv_heads][dv]
-  int64_t batch, queries, keys, heads, kv_heads, d, dv;  // d and dv multiples of 8
+  int64_t batch, queries, keys, heads, kv_heads, d, dv;
   const void* mask;  // bytes, 0 or 1, or mask_type, [.][.][queries][keys]; null: none
   bool mask_is_bool;
   DType mask_type;

@@ -29,9 +29,9 @@ struct Heads {
     SLMOPS_CHECK(t.dim() == 4, kOp, ": expected ", argument,
                  " of shape (batch, length, heads, head_dim), got ", shape(t));
     const int64_t d = t.size(3);
-    SLMOPS_CHECK(d >= 8 && d <= kLargestHead && d % 8 == 0, kOp, ": expected ", argument,
-                 " with a head_dim that is a multiple of 8 in 8..256, got ", d);
-    if (t.stride(3) != 1) owner = torch::stable::contiguous(t);
+    SLMOPS_CHECK(d >= 1 && d <= kLargestHead, kOp, ": expected ", argument,
+                 " with a head_dim in 1..256, got ", d);
+    if (d > 1 && t.stride(3) != 1) owner = torch::stable::contiguous(t);
     view = {.data = owner.const_data_ptr(),
             .type = float_type(kOp, argument, t.scalar_type()),
             .batch_stride = owner.stride(0),

@@ -51,8 +51,8 @@ void test_attention(Random& random) {
   args.kv_heads = random.integer(1, 2);
   const int64_t group = random.pick({1, 2, 3, 5, 9});
   args.heads = args.kv_heads * group;
-  args.d = 8 * random.integer(1, 5);
-  args.dv = random.chance(50) ? args.d : 8 * random.integer(1, 5);
+  args.d = random.integer(1, 40);
+  args.dv = random.chance(50) ? args.d : random.pick({1, 8, 16, 32, 40});
   const int special = random.pick({0, 0, 1, 20});
   const DType type = random.pick(kTypes), kv_type = random.pick(kTypes);
   const RandomHeads q(random, type, args.batch, args.queries, args.heads, args.d, special);

@@ -28,7 +28,7 @@ def attention(
 
     Args:
         q: [B, Lq, Hq, D], float32, bfloat16 or float16; any strides, without a copy where D is
-            contiguous. D is a multiple of 8 and at most 256. Query i is at key slot Lk - Lq + i.
+            contiguous; D is at most 256. Query i is at key slot Lk - Lq + i.
         k: [B, Lk, Hk, D], the same dtypes, not necessarily that of `q`; Hq is a multiple of Hk.
         v: [B, Lk, Hk, Dv], dtype of `k`; Dv as D.
         mask: [B or 1, Hq or 1, Lq, Lk], or None. bool: True where a query may see a key. Else
