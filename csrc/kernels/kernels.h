@@ -152,9 +152,9 @@ constexpr int64_t kSplit = 256;
 /// head: item ((b * kv_heads + head) * blocks + block), times and plus the split where items are
 /// one split each.
 struct AttentionArgs {
-  HeadView q;                                            // [batch][queries][heads][d]
-  HeadView k;                                            // [batch][keys][kv_heads][d]
-  HeadView v;                                            // [batch][keys][kv_heads][dv]
+  HeadView q;  // [batch][queries][heads][d]
+  HeadView k;  // [batch][keys][kv_heads][d]
+  HeadView v;  // [batch][keys][kv_heads][dv]
   int64_t batch, queries, keys, heads, kv_heads, d, dv;
   const void* mask;  // bytes, 0 or 1, or mask_type, [.][.][queries][keys]; null: none
   bool mask_is_bool;
