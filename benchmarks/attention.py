@@ -28,10 +28,13 @@ def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def theirs(mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """SDPA on [B, H, L, D] views, in the quickest form that gives the same."""
-    heads = (x.transpose(1, 2) for x in (q, k, v))
+    """SDPA on [B, H, L, D] views, in the form that transformers gives it."""
+    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+    if q.shape[1] == 1:  # the query heads of a key head as its queries
+        packed = query.reshape(q.shape[0], key.shape[1], -1, q.shape[3])
+        return scaled_dot_product_attention(packed, key, value).reshape(query.shape)
     causal = mask is None and q.shape[1] == k.shape[1]
-    return scaled_dot_product_attention(*heads, mask, is_causal=causal, enable_gqa=True)
+    return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=True)
 
 
 def multiply_adds(shape: ModelShape, queries: int, keys: int) -> int:

@@ -61,7 +61,7 @@ def drawn(draw: st.DrawFn) -> tuple[Any, ...]:
 
 
 @given(drawn(), st.sampled_from(torch_slmops.isas()), st.integers(1, 8))
-@settings(max_examples=80)
+@settings(max_examples=250)
 def test_equals_reference(arguments: tuple[Any, ...], isa: str, threads: int) -> None:
     before = torch_slmops.isa(), torch.get_num_threads()
     torch_slmops.set_isa(isa)
