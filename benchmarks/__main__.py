@@ -1,19 +1,18 @@
-"""Benchmarks: `python -m benchmarks ops`, `norms`, `fused` and `model`."""
+"""Benchmarks: `python -m benchmarks ops`, `attention`, `norms`, `fused` and `model`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from benchmarks import fused, model, norms, ops
+from benchmarks import attention, fused, model, norms, ops
 from benchmarks.shapes import MODELS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "what", choices=("ops", "norms", "fused", "model", "all"), nargs="?", default="all"
-    )
+    what = ("ops", "attention", "norms", "fused", "model", "all")
+    parser.add_argument("what", choices=what, nargs="?", default="all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--budget", type=float, default=3.0, help="seconds per cell of the op tables"
@@ -24,6 +23,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.what in ("ops", "all"):
         ops.run(args.output, budget=args.budget, threads=args.threads, full=args.full)
+    if args.what in ("attention", "all"):
+        attention.run(args.output, budget=args.budget, threads=args.threads)
     if args.what in ("norms", "all"):
         norms.run(args.output, budget=min(args.budget, 1.0), threads=args.threads)
     if args.what in ("fused", "all"):

@@ -45,6 +45,8 @@ def _library() -> ctypes.CDLL:
     library.read_bandwidth.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     library.int8_peak.restype = ctypes.c_double
     library.int8_peak.argtypes = [ctypes.c_int]
+    library.fp32_peak.restype = ctypes.c_double
+    library.fp32_peak.argtypes = [ctypes.c_int]
     return library
 
 
@@ -55,6 +57,12 @@ def probe(buffer: torch.Tensor) -> Limits:
     return Limits(
         _library().read_bandwidth(buffer.data_ptr(), size, threads), _library().int8_peak(threads)
     )
+
+
+def fp32_peak(threads: int) -> float:
+    """fp32 multiply-adds per second of FMA instructions in registers."""
+    peak: float = _library().fp32_peak(threads)
+    return peak
 
 
 def cpu_name() -> str:

@@ -1,5 +1,6 @@
-// What this machine can do at best: memory read bandwidth and int8 multiply-add rate, on a given
-// number of threads. Built for the machine it runs on (-march=native); only benchmarks use it.
+// What this machine can do at best: memory read bandwidth, int8 and fp32 multiply-add rate, on a
+// given number of threads. Built for the machine it runs on (-march=native); only benchmarks use
+// it.
 #include <immintrin.h>
 
 #include <chrono>
@@ -71,6 +72,22 @@ void dots(int64_t count) {
 #endif
 }
 
+// Twelve independent fp32 multiply-adds of the widest registers, `count` times.
+void multiply_adds(int64_t count) {
+#if defined(__AVX512F__)
+#define FMA(sum) "vfmadd231ps %%zmm30, %%zmm31, %%zmm" sum "\n"
+#else
+#define FMA(sum) "vfmadd231ps %%ymm14, %%ymm15, %%ymm" sum "\n"
+#endif
+  for (int64_t i = 0; i < count; ++i) {
+    asm volatile(FMA("0") FMA("1") FMA("2") FMA("3") FMA("4") FMA("5") FMA("6") FMA("7") FMA("8")
+                     FMA("9") FMA("10") FMA("11")::
+                         : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",
+                           "xmm9", "xmm10", "xmm11");
+  }
+#undef FMA
+}
+
 }  // namespace
 
 extern "C" {
@@ -100,5 +117,17 @@ double int8_peak(int threads) {
   constexpr int64_t kCount = 4000000;
   const double time = timed(threads, [](int) { dots(kCount); });
   return kOps * static_cast<double>(kCount) * threads / time;
+}
+
+/// fp32 multiply-adds per second, in registers only; these hold zeros or whatever was there.
+double fp32_peak(int threads) {
+#if defined(__AVX512F__)
+  constexpr double kWidth = 16;
+#else
+  constexpr double kWidth = 8;
+#endif
+  constexpr int64_t kCount = 4000000;
+  const double time = timed(threads, [](int) { multiply_adds(kCount); });
+  return 12 * kWidth * static_cast<double>(kCount) * threads / time;
 }
 }

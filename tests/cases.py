@@ -1,7 +1,8 @@
 """The registry of op cases: formats, weights, activations, and the arguments of every op.
 
 `test_ops.py` runs every case on every ISA row against the reference, `test_properties.py` draws
-from the same formats. A new op adds its cases here, a fused one in `fused_cases.py`.
+from the same formats. A new op adds its cases here, a fused one in `fused_cases.py`, attention has
+`attention_cases.py`.
 """
 
 from __future__ import annotations

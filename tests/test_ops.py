@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import ATTENTION_CASES
 from bits import assert_same_bits, from_bits
 from cases import (
     CASES,
@@ -29,6 +30,7 @@ from torch_slmops import ops, reference
 # All but pack_, which has a test of its own: it fills a buffer.
 OPS = {
     "add_rms_norm",
+    "attention",
     "embedding",
     "linear",
     "qkv_rotary",
@@ -39,7 +41,7 @@ OPS = {
     "swiglu",
     "unpack",
 }
-ALL_CASES = [*CASES, *FUSED_CASES]
+ALL_CASES = [*CASES, *FUSED_CASES, *ATTENTION_CASES]
 
 
 def assert_same(actual: Any, expected: Any) -> None:
@@ -195,6 +197,23 @@ def fused_calls() -> list[Any]:
     return calls
 
 
+def attention_calls() -> list[Any]:
+    """opcheck's calls of attention: layouts, masks of both kinds, no keys."""
+    calls: list[Any] = []
+    for dtype in FLOATS:
+        q, k = torch.randn(2, 3, 4, 24).to(dtype), torch.randn(2, 7, 2, 24).to(dtype)
+        v = torch.randn(2, 7, 2, 16).to(dtype)
+        first = torch.tensor([-3, 300])
+        calls.append(("attention", (q, k, v, None, None, True, 0, 0.2)))
+        heads_first = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+        mask = torch.rand(2, 1, 3, 7) < 0.5
+        calls.append(("attention", (*heads_first, mask, first, False, 3, 0.2, 30.0)))
+        bias = torch.randn(1, 4, 7, 3).transpose(2, 3)
+        calls.append(("attention", (q, k, v, bias, None, False, 0, 0.2)))
+    calls.append(("attention", (q, k[:, :0], v[:, :0], None, None, True, 0, 0.2)))
+    return calls
+
+
 def opcheck_arguments() -> list[Any]:
     """(op, arguments) for each op, with and without its optional arguments."""
     sub16, group = FORMATS[0], FORMATS[8]
@@ -211,6 +230,7 @@ def opcheck_arguments() -> list[Any]:
     calls.append(("quantize", (torch.randn(5, 70), 4, "sub16", 16, True, "mse")))
     calls += vector_calls()
     calls += fused_calls()
+    calls += attention_calls()
     return calls
 
 

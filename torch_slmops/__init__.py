@@ -5,6 +5,7 @@ model families; the same bits come out on every CPU. docs/ has the arithmetic an
 """
 
 from torch_slmops import ops
+from torch_slmops.attention import register_attention
 from torch_slmops.families import register_family
 from torch_slmops.isa import isa, isas, set_isa
 from torch_slmops.optimize import optimize
@@ -19,6 +20,7 @@ __all__ = [
     "ops",
     "optimize",
     "quantize_weight",
+    "register_attention",
     "register_family",
     "report",
     "set_isa",

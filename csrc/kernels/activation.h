@@ -19,6 +19,7 @@ SLMOPS_INLINE F32 activate(F32 x) {
   if constexpr (kActivation == Activation::relu2) return relu2(x);
   if constexpr (kActivation == Activation::sigmoid) return sigmoid(x);
   if constexpr (kActivation == Activation::exp) return exp(x);
+  if constexpr (kActivation == Activation::tanh) return tanh(x);
 }
 
 /// Calls body(ActivationConstant<a>{}), whose loop uses activate<decltype(constant)::value>.
@@ -37,6 +38,8 @@ SLMOPS_INLINE void with_activation(Activation a, const Body& body) {
       return body(ActivationConstant<Activation::sigmoid>{});
     case Activation::exp:
       return body(ActivationConstant<Activation::exp>{});
+    case Activation::tanh:
+      return body(ActivationConstant<Activation::tanh>{});
   }
 }
 

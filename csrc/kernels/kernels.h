@@ -70,7 +70,7 @@ struct QuantizeArgs {
 
 /// The functions of simd/math.h that ops apply to elements; gelu_erf is the one that torch calls
 /// gelu.
-enum class Activation { silu, gelu_tanh, gelu_erf, relu2, sigmoid, exp };
+enum class Activation { silu, gelu_tanh, gelu_erf, relu2, sigmoid, exp, tanh };
 
 /// What normalised values are multiplied by: offset + weight[i], or weight[i] where offset is 0.
 struct NormWeight {
@@ -138,6 +138,42 @@ struct GateArgs {
   float* wide;         // [m][k_padded of down] where h itself is wanted; else null
 };
 
+/// Heads of a tensor [batch][length][heads][d]; strides in elements, d contiguous.
+struct HeadView {
+  const void* data;
+  DType type;
+  int64_t batch_stride, length_stride, head_stride;
+};
+
+/// Keys whose softmax is taken at once; a split begins at a multiple of it in token positions.
+constexpr int64_t kSplit = 256;
+
+/// softmax(q k^T * scale + mask) v. An item is a block of queries with all query heads of one key
+/// head: item ((b * kv_heads + head) * blocks + block), times and plus the split where items are
+/// one split each.
+struct AttentionArgs {
+  HeadView q;  // [batch][queries][heads][d]
+  HeadView k;  // [batch][keys][kv_heads][d]
+  HeadView v;  // [batch][keys][kv_heads][dv]
+  int64_t batch, queries, keys, heads, kv_heads, d, dv;
+  const void* mask;  // bytes, 0 or 1, or mask_type, [.][.][queries][keys]; null: none
+  bool mask_is_bool;
+  DType mask_type;
+  int64_t mask_batch_stride, mask_head_stride, mask_query_stride;  // in elements
+  const int64_t* first_position;  // [batch]: token position of key 0; null: 0
+  bool causal;
+  int64_t window;         // 0: none
+  float scale, softcap;   // softcap 0: none
+  int64_t block, blocks;  // queries of an item, items of a key head
+  int64_t splits;         // 0: an item takes all splits; else as many items, each with one
+  float* parts;           // [batch][queries][heads][splits][part_floats(dv)] where splits is not 0
+  void* out;              // [batch][queries][heads][dv] of the type of q
+};
+
+/// Floats of a softmax over a part of the keys: max, sum, padding, weighted sum of v in whole
+/// vectors.
+constexpr int64_t part_floats(int64_t dv) { return 16 + (dv + 15) / 16 * 16; }
+
 struct KernelTable {
   /// codes, scale, presets of rows [begin, end) of the activations.
   void (*quantize_rows)(const Format& f, const SourceRows& src, const QuantizedRows& out,
@@ -170,6 +206,11 @@ struct KernelTable {
   /// 32 of up, alternating, of which `given` columns are there; the others are 0.
   void (*gate)(const GateArgs& args, float* x, int64_t row, int64_t rows, int64_t column,
                int64_t columns, int64_t given);
+  /// Items [begin, end) of args, into `out` or, where they are single splits, into `parts`.
+  /// scratch: attention_scratch_bytes(args) of this thread, aligned to 64.
+  void (*attention)(const AttentionArgs& args, int64_t begin, int64_t end, uint8_t* scratch);
+  /// Rows [begin, end) of `out`, [batch][queries][heads], from the splits in `parts`.
+  void (*attention_merge)(const AttentionArgs& args, int64_t begin, int64_t end);
   /// y[i] = a(x[i]); for tests of the functions.
   void (*activation)(Activation a, const float* x, float* y, int64_t count);
   /// count elements fp32 <-> `type`, the project's one rounding; for tests of the conversions.
@@ -195,6 +236,18 @@ constexpr int64_t scratch_bytes(const Format& f, int64_t rows) {
 /// groups' scales.
 constexpr int64_t quantize_scratch_floats(int64_t k, int64_t group) {
   return 16 * (2 * k + (k + group - 1) / group);
+}
+
+/// Query rows that attention computes at a time, at most.
+constexpr int64_t kQueryRows = 8;
+/// Bytes of attention's scratch: queries, their state, a split of keys and of values, scores.
+constexpr int64_t attention_scratch_bytes(const AttentionArgs& args) {
+  const int64_t group = args.kv_heads == 0 ? 0 : args.heads / args.kv_heads;
+  const int64_t rows = (args.block * group + kQueryRows - 1) / kQueryRows * kQueryRows;
+  const int64_t part = part_floats(args.dv);
+  const int64_t floats =
+      rows * (args.d + part) + kSplit * (args.d + part) + kQueryRows * (kSplit + part);
+  return floats * int64_t{sizeof(float)} + rows * 2 * int64_t{sizeof(int64_t)};
 }
 
 }  // namespace slmops

@@ -1,4 +1,5 @@
 // One ISA row: all kernels over the SIMD header that the including file chose, and their table.
+#include "attention.h"
 #include "embedding.h"
 #include "gate.h"
 #include "heads.h"
@@ -19,6 +20,8 @@ constinit const KernelTable kernels = {
     .rotary = rotary,
     .heads = heads,
     .gate = gate,
+    .attention = attention,
+    .attention_merge = attention_merge,
     .activation = apply_activation,
     .convert = convert,
 };

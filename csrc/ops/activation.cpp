@@ -15,6 +15,7 @@ constexpr int64_t kCost = 32;  // an element costs about as much as so many mult
 Activation parse_function(const std::string& text) {
   if (text == "sigmoid") return Activation::sigmoid;
   if (text == "exp") return Activation::exp;
+  if (text == "tanh") return Activation::tanh;
   return parse_activation(kOp, text);
 }
 

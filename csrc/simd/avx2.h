@@ -15,6 +15,7 @@ constexpr int kBlockRows = 0;
 constexpr int kStreamRows = 1;  // with more, each half of a tile is a pass of its own
 constexpr int32_t kDot8Bias = 128;
 constexpr int kExpandRows = 0;  // a u8 dot takes two multiplies and a sign here, a u4 dot one
+constexpr int kFloatSums = 4;   // 8 of 16 ymm
 
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
@@ -68,6 +69,39 @@ inline Mask is_nan(F32 x) {
 }
 inline F32 swap_pairs(F32 x) {
   return {_mm256_permute_ps(x.a, 0xb1), _mm256_permute_ps(x.b, 0xb1)};
+}
+/// Writes the 8 x 8 floats of in[0..7], transposed, to out[0..7].
+inline void transpose8(const __m256 (&in)[8], __m256 (&out)[8]) {
+  __m256 t[8], r[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(in[i], in[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(in[i], in[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    out[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    out[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+}
+inline void transpose(F32 (&x)[16]) {
+  F32 y[16];
+  for (int i = 0; i < 16; i += 8) {
+    __m256 a[8], b[8], from[8];
+    for (int j = 0; j < 8; ++j) from[j] = x[i + j].a;
+    transpose8(from, a);
+    for (int j = 0; j < 8; ++j) from[j] = x[i + j].b;
+    transpose8(from, b);
+    for (int j = 0; j < 8; ++j) {
+      (i == 0 ? y[j].a : y[j].b) = a[j];
+      (i == 0 ? y[j + 8].a : y[j + 8].b) = b[j];
+    }
+  }
+  for (int i = 0; i < 16; ++i) x[i] = y[i];
 }
 
 inline __m256i load_ymm(const void* p) {

@@ -22,6 +22,7 @@ constexpr int kBlockRows = 2;  // from memory 1.03 (1 row) and 1.1 (2 rows) time
 constexpr int kStreamRows = 32;
 constexpr int32_t kDot8Bias = 0;
 constexpr int kExpandRows = 17;
+constexpr int kFloatSums = 16;
 
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
@@ -58,6 +59,29 @@ inline F32 select(Mask m, F32 x, F32 y) { return {_mm512_mask_blend_ps(m, y.v, x
 inline F32 sqrt(F32 x) { return {_mm512_sqrt_ps(x.v)}; }
 inline Mask is_nan(F32 x) { return _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q); }
 inline F32 swap_pairs(F32 x) { return {_mm512_permute_ps(x.v, 0xb1)}; }
+inline void transpose(F32 (&x)[16]) {
+  __m512 t[16], r[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {  // a quarter L of r[4 g + i]: lanes 4 g.. of result 4 L + i
+    const __m512 a = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+    const __m512 b = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+    const __m512 d = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+    x[i].v = _mm512_shuffle_f32x4(a, c, 0x88);
+    x[i + 4].v = _mm512_shuffle_f32x4(b, d, 0x88);
+    x[i + 8].v = _mm512_shuffle_f32x4(a, c, 0xdd);
+    x[i + 12].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
 
 inline I32 splat_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline I32 load_i32(const int32_t* p) { return {_mm512_loadu_si512(p)}; }

@@ -24,6 +24,7 @@ constexpr float kTanhLinear = 0x1.988454p+0f;  // 2 sqrt(2 / pi)
 constexpr float kTanhCubic = 0x1.2444f2p-4f;   // that times 0.044715
 // Where tails are 0 in fp32.
 constexpr float kSiluEnd = 104.0f, kGeluTanhEnd = 10.8f, kGeluErfEnd = 14.6f;
+constexpr float kTanhEnd = 10.0f;  // where tanh is 1 in fp32
 
 SLMOPS_INLINE F32 abs(F32 x) { return from_bits(bits_of(x) & splat_i32(0x7fffffff)); }
 SLMOPS_INLINE F32 negate(F32 x) { return splat(-0.0f) - x; }
@@ -41,15 +42,24 @@ SLMOPS_INLINE F32 half_power(I32 n) {
   return from_bits(shift_left<23>(shift_right<1>(n + splat_i32(254))));
 }
 
-/// e^x for -170 <= x <= 89. Results below 2^-126 are rounded a second time, to a denormal.
-SLMOPS_INLINE F32 exp_inside(F32 x) {
+/// e^x = 2^n (1 + rest), |rest| < 0.42.
+struct Reduced {
+  I32 n;
+  F32 rest;
+};
+SLMOPS_INLINE Reduced reduce(F32 x) {
   const I32 n = round(x * splat(0x1.715476p+0f));  // log2(e)
   const F32 whole = to_f32(n);
   F32 r = fnma(whole, splat(0x1.62e430p-1f), x);  // ln(2) in two parts
   r = fnma(whole, splat(-0x1.05c610p-29f), r);
-  const F32 e = fma(r * r, polynomial(kExp, r), r) + splat(1.0f);
+  return {n, fma(r * r, polynomial(kExp, r), r)};
+}
+
+/// e^x for -170 <= x <= 89. Results below 2^-126 are rounded a second time, to a denormal.
+SLMOPS_INLINE F32 exp_inside(F32 x) {
+  const Reduced e = reduce(x);
   // Two factors, as 2^n itself leaves fp32 at both ends.
-  return e * half_power(n) * half_power(n + splat_i32(1));
+  return (e.rest + splat(1.0f)) * half_power(e.n) * half_power(e.n + splat_i32(1));
 }
 
 /// e^x; +0 below -104, infinity above 89, NaN for NaN.
@@ -100,6 +110,17 @@ SLMOPS_INLINE F32 gelu_erf(F32 x) {
   F32 e = exp_inside(square * minus_half);
   e = fma(e * minus_half, lost, e);
   return fnma(a, e * (t * polynomial(kTail, t)), positive(x));
+}
+
+/// tanh(x) = t / (t + 2) with t = e^2|x| - 1, with the sign of x; NaN for NaN.
+SLMOPS_INLINE F32 tanh(F32 x) {
+  const F32 a = magnitude(x, kTanhEnd);
+  const Reduced e = reduce(a + a);
+  const F32 power = from_bits(shift_left<23>(e.n + splat_i32(127)));
+  const F32 t = fma(power, e.rest, power - splat(1.0f));
+  const F32 y = t / (t + splat(2.0f));
+  const I32 sign = bits_of(x) & splat_i32(INT32_MIN);
+  return select(is_nan(x), x, from_bits(bits_of(y) + sign));
 }
 
 /// max(x, 0)^2, NaN for NaN.

@@ -30,6 +30,8 @@ constexpr int32_t kDot8Bias = 128;
 /// Rows from which sub16 lines are expanded to int8 once for all of them; 0: never (a u8 dot costs
 /// more than a u4 dot).
 constexpr int kExpandRows = 0;
+/// Vectors of fp32 sums that a block of a float product keeps in registers, a power of two.
+constexpr int kFloatSums = 1;
 /// Asks for the cache line at p, to be read soon.
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
@@ -131,6 +133,17 @@ inline Mask is_nan(F32 a) {
 inline F32 swap_pairs(F32 a) {
   F32 r;
   SLMOPS_LANES(r.v[i] = a.v[i ^ 1]);
+}
+
+/// Lane i of x[j] becomes lane j of x[i].
+inline void transpose(F32 (&x)[16]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float lane = x[i].v[j];
+      x[i].v[j] = x[j].v[i];
+      x[j].v[i] = lane;
+    }
+  }
 }
 
 // --- int32 ---

@@ -149,6 +149,31 @@ inline __m512 _mm512_permute_ps(__m512 a, int order) {
   for (int i = 0; i < 16; ++i) r.v[i] = a.v[i / 4 * 4 + (order >> (2 * (i % 4)) & 3)];
   return r;
 }
+/// In each four lanes: lanes 0 (or 2) of a and b, then lanes 1 (or 3).
+inline __m512 _mm512_unpacklo_ps(__m512 a, __m512 b) {
+  __m512 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = (i % 2 ? b : a).v[i / 4 * 4 + i % 4 / 2];
+  return r;
+}
+inline __m512 _mm512_unpackhi_ps(__m512 a, __m512 b) {
+  __m512 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = (i % 2 ? b : a).v[i / 4 * 4 + 2 + i % 4 / 2];
+  return r;
+}
+/// In each four lanes two of a, then two of b, chosen by bits 2 i, 2 i + 1 of `order`.
+inline __m512 _mm512_shuffle_ps(__m512 a, __m512 b, int order) {
+  __m512 r;
+  for (int i = 0; i < 16; ++i) {
+    r.v[i] = (i % 4 < 2 ? a : b).v[i / 4 * 4 + (order >> (2 * (i % 4)) & 3)];
+  }
+  return r;
+}
+/// The same with quarters of the vector in place of lanes.
+inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int order) {
+  __m512 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = (i < 8 ? a : b).v[(order >> (i / 4 * 2) & 3) * 4 + i % 4];
+  return r;
+}
 inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
   unsigned mask = 0;
   for (int i = 0; i < 16; ++i) {

@@ -25,6 +25,7 @@ int main(int argc, char** argv) {
   step("activations", [&] { test_activations(full); });
   step("vectors", [&] { test_vectors(1000 * cases); });
   step("fused", [&] { test_fused(500 * cases); });
+  step("attention", [&] { test_attention(40 * cases); });
   step("sin_cos", [] { test_sin_cos(); });
   step("quantize_weight", [&] { test_quantize_weight(300 * cases); });
   std::printf("passed\n");

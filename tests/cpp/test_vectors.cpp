@@ -9,9 +9,9 @@ namespace slmops::testing {
 namespace {
 
 constexpr DType kTypes[] = {DType::f32, DType::bf16, DType::f16};
-constexpr Activation kActivations[] = {Activation::silu,     Activation::gelu_tanh,
-                                       Activation::gelu_erf, Activation::relu2,
-                                       Activation::sigmoid,  Activation::exp};
+constexpr Activation kActivations[] = {
+    Activation::silu,    Activation::gelu_tanh, Activation::gelu_erf, Activation::relu2,
+    Activation::sigmoid, Activation::exp,       Activation::tanh};
 
 /// All floats whose low 16 bits are `low`, on all rows; emulation, a hundred times slower, if
 /// asked.

@@ -116,5 +116,6 @@ void test_activations(bool full);
 void test_vectors(int cases);
 void test_sin_cos();
 void test_fused(int cases);
+void test_attention(int cases);
 
 }  // namespace slmops::testing

@@ -5,6 +5,7 @@ defines each of them in plain torch, bit for bit; docs/arithmetic.md says it in 
 are `RuntimeError`s that say what was expected and what came, except where noted.
 """
 
+from torch_slmops.ops.attention import attention
 from torch_slmops.ops.common import refuse_gradient
 from torch_slmops.ops.fused import qkv_rotary, swiglu
 from torch_slmops.ops.linear import embedding, linear
@@ -14,6 +15,7 @@ from torch_slmops.ops.weights import Header, describe, pack_, packed_bytes, quan
 __all__ = [
     "Header",
     "add_rms_norm",
+    "attention",
     "describe",
     "embedding",
     "linear",

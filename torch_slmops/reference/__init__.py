@@ -13,6 +13,7 @@ from torch_slmops.reference.arithmetic import (
     to_bf16,
     to_f16,
 )
+from torch_slmops.reference.attention import attention
 from torch_slmops.reference.choose import quantize
 from torch_slmops.reference.compute import embedding, linear, quantize_rows
 from torch_slmops.reference.functions import activate
@@ -24,6 +25,7 @@ from torch_slmops.reference.rotary import rotary, rotary_table
 __all__ = [
     "activate",
     "add_rms_norm",
+    "attention",
     "canonical_nan",
     "embedding",
     "fma32",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_slmops.reference.arithmetic import canonical_nan, fma32
 
-__all__ = ["activate", "exp", "gelu_erf", "gelu_tanh", "relu2", "sigmoid", "silu"]
+__all__ = ["activate", "exp", "gelu_erf", "gelu_tanh", "relu2", "sigmoid", "silu", "tanh"]
 
 _LOG2E = float.fromhex("0x1.715476p+0")
 _LN2_HIGH = float.fromhex("0x1.62e430p-1")
@@ -47,7 +47,7 @@ _TANH_LINEAR = float.fromhex("0x1.988454p+0")  # 2 sqrt(2 / pi)
 _TANH_CUBIC = float.fromhex("0x1.2444f2p-4")  # that times 0.044715
 
 _EXP_LEAST, _EXP_LARGEST = -104.0, 89.0  # beyond: 0 and infinity
-_SILU_END, _GELU_TANH_END, _GELU_ERF_END = 104.0, 10.8, 14.6
+_SILU_END, _GELU_TANH_END, _GELU_ERF_END, _TANH_END = 104.0, 10.8, 14.6, 10.0
 
 
 def exp(x: Tensor) -> Tensor:
@@ -87,6 +87,15 @@ def gelu_erf(x: Tensor) -> Tensor:
     return _less_tail(x, a, e * (t * _polynomial(_TAIL, t)))
 
 
+def tanh(x: Tensor) -> Tensor:
+    """tanh(x) of float32 `x`, by t / (t + 2) with t = e^2|x| - 1."""
+    a = _magnitude(x, _TANH_END)
+    n, rest = _reduce(a + a)
+    power = torch.exp2(n.double()).float()
+    t = fma32(power, rest, power - 1.0)
+    return canonical_nan(torch.where(x.isnan(), x, torch.copysign(t / (t + 2.0), x)))
+
+
 def relu2(x: Tensor) -> Tensor:
     """max(x, 0)^2 of float32 `x`, NaN for NaN."""
     y = _positive(x)
@@ -97,7 +106,8 @@ def activate(name: str, x: Tensor) -> Tensor:
     """The function `name` of float32 x.
 
     Args:
-        name: "silu", "gelu_tanh", "gelu" or "relu2", as ops take them; "sigmoid" or "exp".
+        name: "silu", "gelu_tanh", "gelu" or "relu2", as ops take them; "sigmoid", "exp" or
+            "tanh".
         x: float32.
 
     Raises:
@@ -120,12 +130,18 @@ def _polynomial(coefficients: list[float], x: Tensor) -> Tensor:
     return y
 
 
-def _exp_inside(x: Tensor) -> Tensor:
-    """e^x for -170 <= x <= 89; what is less than 2^-126 is rounded a second time, to a denormal."""
+def _reduce(x: Tensor) -> tuple[Tensor, Tensor]:
+    """n and rest of e^x = 2^n (1 + rest)."""
     n = torch.round(x * _LOG2E)
     r = fma32(-n, _of(_LN2_HIGH), x)
     r = fma32(-n, _of(_LN2_LOW), r)
-    e = fma32(r * r, _polynomial(_EXP, r), r) + 1.0
+    return n, fma32(r * r, _polynomial(_EXP, r), r)
+
+
+def _exp_inside(x: Tensor) -> Tensor:
+    """e^x for -170 <= x <= 89; what is less than 2^-126 is rounded a second time, to a denormal."""
+    n, rest = _reduce(x)
+    e = rest + 1.0
     # Two factors, as 2^n itself leaves float32 at both ends.
     half = torch.floor(n / 2)
     return e * torch.exp2(half.double()).float() * torch.exp2((n - half).double()).float()
@@ -159,4 +175,5 @@ _FUNCTIONS = {
     "relu2": relu2,
     "sigmoid": sigmoid,
     "exp": exp,
+    "tanh": tanh,
 }

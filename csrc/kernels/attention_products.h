@@ -1,0 +1,143 @@
+// The two products of attention over blocks of query rows: s = q k^T with keys as lanes, o = p v
+// with elements of v as lanes; each sum is one fma chain, over d and over keys.
+#pragma once
+#include "common.h"
+
+namespace slmops::SLMOPS_ISA {
+namespace {
+
+/// Rows of a block; with fewer rows it is more vectors wide.
+constexpr int kBlockRows = kFloatSums < kQueryRows ? kFloatSums : int{kQueryRows};
+constexpr int vectors_of(int rows) { return kFloatSums / rows < 4 ? kFloatSums / rows : 4; }
+
+/// Calls body(Int<r>{}) with the least power of two r that `count` rows fit in.
+template <int kMax = kBlockRows, class Body>
+SLMOPS_INLINE void with_rows(int64_t count, const Body& body) {
+  if constexpr (kMax > 1) {
+    if (count <= kMax / 2) return with_rows<kMax / 2>(count, body);
+  }
+  body(Int<kMax>{});
+}
+
+/// Calls body(i, Int<vectors>{}) for i = begin, ...: blocks of kMax vectors, then of half as many.
+template <int kMax, class Body>
+SLMOPS_INLINE int64_t for_vectors(int64_t begin, int64_t end, const Body& body) {
+  for (; begin + kMax * kLanes <= end; begin += kMax * kLanes) body(begin, Int<kMax>{});
+  if constexpr (kMax > 1) return for_vectors<kMax / 2>(begin, end, body);
+  return begin;
+}
+
+template <int kRows, int kVectors>
+SLMOPS_INLINE void clear(F32 (&sum)[kRows][kVectors]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) sum[r][j] = splat(0.0f);
+  }
+}
+
+/// sum[r] += a[r * stride] * x, one fma each.
+template <int kRows, int kVectors>
+SLMOPS_INLINE void add_products(const float* a, int64_t stride, const F32 (&x)[kVectors],
+                                F32 (&sum)[kRows][kVectors]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const F32 factor = splat(a[r * stride]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) sum[r][j] = fma(factor, x[j], sum[r][j]);
+  }
+}
+
+template <int kRows, int kVectors>
+SLMOPS_INLINE void store_sums(const F32 (&sum)[kRows][kVectors], float* out, int64_t stride) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) store(out + r * stride + j * kLanes, sum[r][j]);
+  }
+}
+
+/// scores[row][i] for positions i in [begin, end), multiples of 16. q: [kRows][d]; keys:
+/// [16][d][16]; a row of scores has kSplit.
+template <int kRows>
+inline void key_products(const float* q, const float* keys, int64_t d, int64_t begin, int64_t end,
+                         float* scores) {
+  for_vectors<vectors_of(kRows)>(begin, end, [&](int64_t i, auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    const float* k = keys + i * d;
+    F32 sum[kRows][kVectors];
+    clear(sum);
+    for (int64_t e = 0; e < d; ++e) {
+      F32 x[kVectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) x[j] = load(k + (j * d + e) * kLanes);
+      add_products(q + e, d, x, sum);
+    }
+    store_sums(sum, scores + i, kSplit);
+  });
+}
+
+/// The values of a split: position i is row first + i of data, `stride` elements apart.
+struct Values {
+  const uint8_t* data;
+  DType type;
+  int64_t stride, first, dv;
+
+  const uint8_t* at(int64_t i) const { return data + (first + i) * stride * size_of(type); }
+};
+
+/// out[row] = sum over positions [begin, end) of p[row][i] v[i]. dv is a multiple of 16, or v is
+/// padded to one with zeros.
+template <int kRows>
+inline void value_products(const float* p, const Values& v, int64_t begin, int64_t end, float* out,
+                           int64_t out_stride) {
+  with_type(v.type, [&](auto constant) {
+    constexpr DType kType = decltype(constant)::value;
+    const int64_t width = (v.dv + kLanes - 1) / kLanes * kLanes, step = v.stride * size_of(kType);
+    for_vectors<vectors_of(kRows)>(0, width, [&](int64_t e, auto vectors) {
+      constexpr int kVectors = decltype(vectors)::value;
+      F32 sum[kRows][kVectors];
+      clear(sum);
+      const uint8_t* value = v.at(begin);
+      for (int64_t i = begin; i < end; ++i, value += step) {
+        F32 x[kVectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) x[j] = load_as(kType, value, e + j * kLanes);
+        add_products(p + i, kSplit, x, sum);
+      }
+      store_sums(sum, out + e, out_stride);
+    });
+  });
+}
+
+/// The same where a v that is not finite has to be skipped if its p is 0.
+inline void careful_value_products(const float* p, int64_t rows, const Values& v, int64_t begin,
+                                   int64_t end, float* out, int64_t out_stride) {
+  const int64_t width = (v.dv + kLanes - 1) / kLanes * kLanes;
+  for (int64_t r = 0; r < rows; ++r, p += kSplit, out += out_stride) {
+    for (int64_t e = 0; e < width; e += kLanes) {
+      F32 sum = splat(0.0f);
+      for (int64_t i = begin; i < end; ++i) {
+        if (p[i] != 0.0f) sum = fma(splat(p[i]), load_as(v.type, v.at(i), e), sum);
+      }
+      store(out + e, sum);
+    }
+  }
+}
+
+inline bool values_are_finite(const Values& v, int64_t begin, int64_t end) {
+  I32 most = splat_i32(0);
+  const int64_t width = (v.dv + kLanes - 1) / kLanes * kLanes;
+  with_type(v.type, [&](auto constant) {
+    constexpr DType kType = decltype(constant)::value;
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t e = 0; e < width; e += kLanes) {
+        most = max(most, bits_of(abs(load_as(kType, v.at(i), e))));
+      }
+    }
+  });
+  return reduce_max(most) < 0x7f800000;
+}
+
+}  // namespace
+}  // namespace slmops::SLMOPS_ISA

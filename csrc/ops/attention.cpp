@@ -1,0 +1,169 @@
+// attention: out = softmax(q k^T * scale + mask) v per query and query head, keys in splits of 256
+// positions.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "../isa/isa.h"
+#include "check.h"
+#include "parallel.h"
+#include "scratch.h"
+
+namespace slmops {
+namespace {
+
+constexpr char kOp[] = "attention";
+constexpr int64_t kLargestHead = 256;
+constexpr int64_t kLargestPosition = int64_t{1} << 53;
+// Rows of an item: enough to make its copy of keys and values cheap (3 % of the products), few
+// enough to stay with it in a second-level cache of 512 KiB.
+constexpr int64_t kItemRows = 128;
+// Items per thread below which the splits of the keys are shared out too.
+constexpr int64_t kLeastItems = 4;
+
+/// A checked [batch, length, heads, d] and the owner of what it points into.
+struct Heads {
+  Heads(const char* argument, const Tensor& t) : owner(t) {
+    SLMOPS_CHECK(t.dim() == 4, kOp, ": expected ", argument,
+                 " of shape (batch, length, heads, head_dim), got ", shape(t));
+    const int64_t d = t.size(3);
+    SLMOPS_CHECK(d >= 1 && d <= kLargestHead, kOp, ": expected ", argument,
+                 " with a head_dim in 1..256, got ", d);
+    if (d > 1 && t.stride(3) != 1) owner = torch::stable::contiguous(t);
+    view = {.data = owner.const_data_ptr(),
+            .type = float_type(kOp, argument, t.scalar_type()),
+            .batch_stride = owner.stride(0),
+            .length_stride = owner.stride(1),
+            .head_stride = owner.stride(2)};
+  }
+  Tensor owner;
+  HeadView view;
+};
+
+void check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
+  SLMOPS_CHECK(k.size(0) == q.size(0) && k.size(3) == q.size(3), kOp,
+               ": expected k with q's batch and head_dim, got q of shape ", shape(q),
+               " and k of shape ", shape(k));
+  const int64_t heads = q.size(2), kv_heads = k.size(2);
+  SLMOPS_CHECK(kv_heads > 0 && heads % kv_heads == 0, kOp,
+               ": expected q's heads to be a multiple of k's, got ", heads, " and ", kv_heads);
+  check_shape(kOp, "v", v, {k.size(0), k.size(1), kv_heads, v.size(3)});
+  check_type(kOp, "v", v, k.scalar_type());
+}
+
+/// The mask as the kernel reads it: fields of args, and the owner of its memory.
+std::optional<Tensor> set_mask(const std::optional<Tensor>& mask, AttentionArgs* args) {
+  if (!mask.has_value()) return std::nullopt;
+  const bool fits = mask->dim() == 4 && (mask->size(0) == 1 || mask->size(0) == args->batch) &&
+                    (mask->size(1) == 1 || mask->size(1) == args->heads) &&
+                    mask->size(2) == args->queries && mask->size(3) == args->keys;
+  SLMOPS_CHECK(fits, kOp, ": expected mask of shape (", args->batch, " or 1, ", args->heads,
+               " or 1, ", args->queries, ", ", args->keys, "), got ", shape(*mask));
+  args->mask_is_bool = mask->scalar_type() == ScalarType::Bool;
+  if (!args->mask_is_bool) args->mask_type = float_type(kOp, "mask", mask->scalar_type());
+  Tensor owner =
+      mask->size(3) <= 1 || mask->stride(3) == 1 ? *mask : torch::stable::contiguous(*mask);
+  args->mask = owner.const_data_ptr();
+  args->mask_batch_stride = owner.size(0) == 1 ? 0 : owner.stride(0);
+  args->mask_head_stride = owner.size(1) == 1 ? 0 : owner.stride(1);
+  args->mask_query_stride = owner.stride(2);
+  return owner;
+}
+
+std::optional<Tensor> set_first_position(const std::optional<Tensor>& first, AttentionArgs* args) {
+  if (!first.has_value()) return std::nullopt;
+  check_type(kOp, "first_position", *first, ScalarType::Long);
+  check_shape(kOp, "first_position", *first, {args->batch});
+  Tensor owner = to_contiguous(*first);
+  args->first_position = static_cast<const int64_t*>(owner.const_data_ptr());
+  for (int64_t b = 0; b < args->batch; ++b) {
+    const int64_t position = args->first_position[b];
+    SLMOPS_CHECK(position >= -kLargestPosition && position <= kLargestPosition, kOp,
+                 ": expected first_position in -2^53..2^53, got ", position);
+  }
+  return owner;
+}
+
+/// Whole items on threads, or where they are too few one split of the keys each, merged afterwards.
+void run(AttentionArgs* args) {
+  const int64_t group = args->heads / args->kv_heads;
+  args->block = std::max<int64_t>(1, std::min(args->queries, kItemRows / group));
+  args->blocks = (args->queries + args->block - 1) / args->block;
+  const int64_t items = args->batch * args->kv_heads * args->blocks;
+  const int64_t rows = args->batch * args->queries * args->heads;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t splits = (args->keys + kSplit - 2) / kSplit + 1;
+  const bool apart = threads > 1 && items < kLeastItems * threads && args->keys > kSplit;
+  args->splits = apart ? splits : 0;
+  const int64_t count = apart ? items * splits : items;
+  const int64_t cost = args->block * group * (args->d + args->dv) * (apart ? kSplit : args->keys);
+  const int64_t shares = share_count(count, cost);
+  const int64_t bytes = aligned_bytes(attention_scratch_bytes(*args));
+  const int64_t parts = rows * args->splits * part_floats(args->dv);
+  Scratch scratch(shares * bytes + aligned_bytes(parts * int64_t{sizeof(float)}));
+  uint8_t* own = scratch.take<uint8_t>(shares * bytes);
+  if (apart) args->parts = scratch.take<float>(parts);
+  const KernelTable& table = kernels();
+  parallel(count, shares, [&](int64_t share, int64_t begin, int64_t end) {
+    table.attention(*args, begin, end, own + share * bytes);
+  });
+  if (!apart) return;
+  parallel(rows, share_count(rows, splits * part_floats(args->dv)),
+           [&](int64_t, int64_t begin, int64_t end) { table.attention_merge(*args, begin, end); });
+}
+
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                 const std::optional<Tensor>& mask, const std::optional<Tensor>& first_position,
+                 bool causal, int64_t window, double scale, double softcap) {
+  const Heads queries("q", q), keys("k", k), values("v", v);
+  check_heads(q, k, v);
+  SLMOPS_CHECK(window >= 0, kOp, ": expected a window of 0 (none) or more, got ", window);
+  SLMOPS_CHECK(std::isfinite(scale), kOp, ": expected a finite scale, got ", scale);
+  SLMOPS_CHECK(softcap >= 0 && std::isfinite(softcap), kOp,
+               ": expected a softcap of 0 (none) or a positive number, got ", softcap);
+  Tensor out = new_tensor({q.size(0), q.size(1), q.size(2), v.size(3)}, q.scalar_type());
+  AttentionArgs args = {.q = queries.view,
+                        .k = keys.view,
+                        .v = values.view,
+                        .batch = q.size(0),
+                        .queries = q.size(1),
+                        .keys = k.size(1),
+                        .heads = q.size(2),
+                        .kv_heads = k.size(2),
+                        .d = q.size(3),
+                        .dv = v.size(3),
+                        .mask = nullptr,
+                        .mask_is_bool = false,
+                        .mask_type = DType::f32,
+                        .mask_batch_stride = 0,
+                        .mask_head_stride = 0,
+                        .mask_query_stride = 0,
+                        .first_position = nullptr,
+                        .causal = causal,
+                        .window = window,
+                        .scale = static_cast<float>(scale),
+                        .softcap = static_cast<float>(softcap),
+                        .block = 1,
+                        .blocks = 0,
+                        .splits = 0,
+                        .parts = nullptr,
+                        .out = out.mutable_data_ptr()};
+  const std::optional<Tensor> seen = set_mask(mask, &args);
+  const std::optional<Tensor> first = set_first_position(first_position, &args);
+  if (out.numel() > 0) run(&args);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(slmops, m) {
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? first_position, bool causal, "
+      "int window, float scale, float softcap=0.0) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(slmops, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+
+}  // namespace slmops

@@ -1,0 +1,112 @@
+// attention in blocks of exact size: every row gives the bits of the scalar row, in items of any
+// size, over all splits at once or split by split.
+#include <algorithm>
+
+#include "testing.h"
+
+namespace slmops::testing {
+namespace {
+
+constexpr DType kTypes[] = {DType::f32, DType::bf16, DType::f16};
+
+/// [batch][length][heads][d] of random values, the last element the last of its block.
+struct RandomHeads {
+  RandomHeads(Random& random, DType type, int64_t batch, int64_t length, int64_t heads, int64_t d,
+              int special)
+      : data(batch * length * heads * d * size_of(type), 1) {
+    fill(random, type, 1.0f, special, data.data(), batch * length * heads * d);
+    const bool heads_first = random.chance(50);
+    view = {.data = data.data(),
+            .type = type,
+            .batch_stride = length * heads * d,
+            .length_stride = heads_first ? d : heads * d,
+            .head_stride = heads_first ? length * d : d};
+  }
+  Block<uint8_t> data;
+  HeadView view;
+};
+
+/// The result in one thread, in blocks of `block` queries.
+void run(const KernelTable& kernels, AttentionArgs args, int64_t block, bool apart, uint8_t* out) {
+  args.block = std::min(block, args.queries);
+  args.blocks = (args.queries + args.block - 1) / args.block;
+  args.splits = apart ? (args.keys + kSplit - 2) / kSplit + 1 : 0;
+  args.out = out;
+  const int64_t rows = args.batch * args.queries * args.heads;
+  Block<float> parts(rows * args.splits * part_floats(args.dv));
+  args.parts = parts.data();
+  const int64_t items = args.batch * args.kv_heads * args.blocks * (apart ? args.splits : 1);
+  Block<uint8_t> scratch(attention_scratch_bytes(args));
+  for (int64_t item = items; item-- > 0;) {
+    kernels.attention(args, item, item + 1, scratch.data());
+  }
+  if (apart) kernels.attention_merge(args, 0, rows);
+}
+
+void test_attention(Random& random) {
+  AttentionArgs args = {};
+  args.batch = random.integer(1, 2);
+  args.queries = random.integer(1, 12);
+  args.keys = random.pick({0, 1, 17, 40, 256, 300});
+  args.kv_heads = random.integer(1, 2);
+  const int64_t group = random.pick({1, 2, 3, 5, 9});
+  args.heads = args.kv_heads * group;
+  args.d = random.integer(1, 40);
+  args.dv = random.chance(50) ? args.d : random.pick({1, 8, 16, 32, 40});
+  const int special = random.pick({0, 0, 1, 20});
+  const DType type = random.pick(kTypes), kv_type = random.pick(kTypes);
+  const RandomHeads q(random, type, args.batch, args.queries, args.heads, args.d, special);
+  const RandomHeads k(random, kv_type, args.batch, args.keys, args.kv_heads, args.d, special);
+  const RandomHeads v(random, kv_type, args.batch, args.keys, args.kv_heads, args.dv, special);
+  args.q = q.view;
+  args.k = k.view;
+  args.v = v.view;
+  args.mask_type = random.pick(kTypes);
+  args.mask_is_bool = random.chance(50);
+  const bool all_heads = random.chance(50);
+  const int64_t mask_count = args.batch * (all_heads ? args.heads : 1) * args.queries * args.keys;
+  Block<uint8_t> mask(mask_count * (args.mask_is_bool ? 1 : size_of(args.mask_type)), 1);
+  if (args.mask_is_bool) {
+    for (int64_t i = 0; i < mask_count; ++i) mask[i] = random.chance(80);
+  } else {
+    fill(random, args.mask_type, 1.0f, 30, mask.data(), mask_count);
+  }
+  if (random.chance(70)) args.mask = mask.data();
+  args.mask_query_stride = args.keys;
+  args.mask_head_stride = all_heads ? args.queries * args.keys : 0;
+  args.mask_batch_stride = (all_heads ? args.heads : 1) * args.queries * args.keys;
+  Block<int64_t> first(args.batch);
+  for (int64_t b = 0; b < args.batch; ++b) first[b] = random.integer(-600, 600);
+  if (random.chance(70)) args.first_position = first.data();
+  args.causal = random.chance(50);
+  args.window = random.pick({0, 0, 1, 30, 270});
+  args.scale = 0.3f;
+  args.softcap = random.pick({0.0f, 0.0f, 2.0f});
+
+  const int64_t bytes = args.batch * args.queries * args.heads * args.dv * size_of(type);
+  Block<uint8_t> expected(bytes, 1);
+  run(*scalar_row().kernels, args, args.queries, false, expected.data());
+  const auto check = [&](const IsaRow& row) {
+    for (const bool apart : {false, true}) {
+      Block<uint8_t> got(bytes, 1);
+      const int64_t block = random.integer(1, 12);
+      run(*row.kernels, args, block, apart, got.data());
+      EXPECT(got.same_bits(expected),
+             "attention of %lld queries in blocks of %lld, %lld keys, d %lld, %lld, apart %d, %s",
+             static_cast<long long>(args.queries), static_cast<long long>(block),
+             static_cast<long long>(args.keys), static_cast<long long>(args.d),
+             static_cast<long long>(args.dv), apart, row.name);
+    }
+  };
+  check(scalar_row());
+  for (const IsaRow& row : other_rows()) check(row);
+}
+
+}  // namespace
+
+void test_attention(int cases) {
+  Random random(14);
+  for (int i = 0; i < cases; ++i) test_attention(random);
+}
+
+}  // namespace slmops::testing
