@@ -56,7 +56,7 @@ HELD_OUT = "tokenize.py"
 
 
 def calibration_windows(count: int = 32) -> torch.Tensor:
-    """Returns windows of the standard library's sources, spread over its files; see `windows_of`."""
+    """Returns windows of `count` files, spread over the standard library; see `windows_of`."""
     paths = [
         path
         for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
