@@ -21,7 +21,7 @@ from torch_slmops.weights import SUB_GROUP, QuantizedWeight
 
 __all__ = ["Factor", "factorize", "feed_back"]
 
-# Measured on the models of docs/accuracy.md: the decoder likes 0.03 to 0.1, the encoder 0.1 or more.
+# Measured (docs/accuracy.md): the decoder likes 0.03 to 0.1, the encoder 0.1 or more.
 DAMPING = 0.1
 _COLUMNS = 128  # that one matrix product serves
 _ROWS = 2048  # their columns of one block, in float64, fit the second-level cache

@@ -111,8 +111,9 @@ def optimize(
             are then chosen for the inputs that they get (error feedback, `calibrate`), for the same
             bytes. One or more batches, each an `input_ids` tensor or a dict of arguments of the
             model; or with `tokenizer` one or more texts, cut into up to 128 windows of 256 tokens.
-            32 windows serve well. The codes depend on torch's matrix products, so they may differ
-            between machines; the packed model computes the same bits on all.
+            32 windows of text like that of the use serve well. Experts with 3-D weights are rounded
+            plainly. The codes depend on torch's matrix products, so they may differ between
+            machines; the packed model computes the same bits on all.
         tokenizer: The model's tokenizer, for texts.
         progress: Shows a progress bar where it takes more than a second.
 
