@@ -45,7 +45,8 @@ class _Format:
             self.scale_kind,
             self.group_size,
             self.symmetric,
-            importance=importance,
+            "mse",
+            importance,
         )
 
     def pack(self, quantized: QuantizedWeight) -> Tensor:
