@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sysconfig
 from pathlib import Path
 from typing import Any
 
 import torch
 from quickstart import MODEL, agreement, held_out_logits, held_out_tokens, load_model
+from train_tiny_llama import SKIP_STDLIB
 from transformers import AutoTokenizer, PreTrainedModel
 
 import torch_slmops
@@ -40,20 +42,48 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
+CALIBRATED: dict[str, dict[str, Any]] = {
+    "int4 sub16": {},
+    "int4 sub16, int4 head": {"lm_head": "int4"},
+    "int4 group 32": {"scale_kind": "group", "group_size": 32},
+    "int4 group 32, zero points": {"group_size": 32, "symmetric": False},
+    "int4 group 128": {"group_size": 128},
+    "int8 group 32": {"weights": "int8"},
+    "int8 per output": {"weights": "int8", "group_size": -1},
+}
+# The one file of the standard library that val_tokens.npy has a part of.
+HELD_OUT = "tokenize.py"
+
+
+def calibration_windows(count: int = 32) -> torch.Tensor:
+    """Returns windows of `count` files, spread over the standard library; see `windows_of`."""
+    paths = [
+        path
+        for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
+        if path.name != HELD_OUT and not any(part in str(path) for part in SKIP_STDLIB)
+    ]
+    return _windows(paths[:: max(1, len(paths) // (2 * count))], count)
+
+
 def windows_of(folder: Path, count: int) -> torch.Tensor:
     """Returns a window of 256 tokens from the middle of each of `count` Python files, int64."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    windows: list[list[int]] = []
-    for path in sorted(folder.rglob("*.py")):
-        ids = tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
-        start = (len(ids) - WINDOW) // 2
-        if start >= 0 and len(windows) < count:
-            windows.append(ids[start : start + WINDOW])
+    windows = _windows(sorted(folder.rglob("*.py")), count)
     if len(windows) < count:
         raise ValueError(
             f"expected {count} Python files of {WINDOW} tokens or more in {folder}, "
             f"got {len(windows)}: name another folder or ask for fewer --windows"
         )
+    return windows
+
+
+def _windows(paths: list[Path], count: int) -> torch.Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    windows: list[list[int]] = []
+    for path in paths:
+        ids = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+        start = (len(ids) - WINDOW) // 2
+        if start >= 0 and len(windows) < count:
+            windows.append(ids[start : start + WINDOW])
     return torch.tensor(windows)
 
 
@@ -102,6 +132,13 @@ def main() -> None:
         if args.only in name:
             model = copy.deepcopy(original)
             show(name, torch_slmops.optimize(model, progress=False, **options))
+    texts = calibration_windows().split(8)
+    for name, options in CALIBRATED.items():
+        if args.only in f"{name}, calibrated":
+            model = torch_slmops.optimize(
+                copy.deepcopy(original), calibration=texts, progress=False, **options
+            )
+            show(f"{name}, calibrated", model)
     bf16 = copy.deepcopy(original).to(torch.bfloat16)
     show("bfloat16, not quantized", bf16)
     show("bfloat16 model, int4 sub16", torch_slmops.optimize(bf16, progress=False))

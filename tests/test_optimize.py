@@ -320,7 +320,10 @@ def test_a_failure_changes_nothing_and_names_the_layer(value: float) -> None:
     assert snapshot(model) == before
 
 
-def test_holds_the_codes_of_one_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("calibration", [None, IDS], ids=["plain", "calibrated"])
+def test_holds_the_codes_of_one_layer_at_a_time(
+    calibration: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = sys.modules["torch_slmops.optimize"]
     made: list[weakref.ref[Tensor]] = []
 
@@ -331,7 +334,7 @@ def test_holds_the_codes_of_one_layer_at_a_time(monkeypatch: pytest.MonkeyPatch)
         return quantized
 
     monkeypatch.setattr(module, "quantize_weight", counting)
-    optimize(tied())
+    optimize(tied(), calibration=calibration)
     assert len(made) == 3
 
 

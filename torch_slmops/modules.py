@@ -30,10 +30,12 @@ class PackedModule(nn.Module):
             or assigned.
         dtype: The floating dtype that the module stands for: that of `weight`. `.to(dtype)` changes
             it and leaves `packed` alone.
+        calibrated: Whether `optimize` chose the codes for inputs that the module got.
     """
 
     packed: Tensor
     dtype: torch.dtype
+    calibrated: bool = False
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -71,6 +73,7 @@ class PackedModule(nn.Module):
             self.packed = self._like_packed(value)
         self._set_weight_shape(*value.shape)
         self.dtype = value.dtype
+        self.calibrated = False
 
     def _like_packed(self, value: Tensor) -> Tensor:
         """Packs `value`, [N, K], in the format of the present weight."""

@@ -293,7 +293,7 @@ def _was(module: nn.Module) -> str:
 
 def _now(module: nn.Module) -> str:
     assert isinstance(module, PackedModule)
-    return module.format()
+    return module.format() + (", calibrated" if module.calibrated else "")
 
 
 def _left_rows(sites: Iterable[Site]) -> tuple[LeftRow, ...]:
