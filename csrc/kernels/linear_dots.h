@@ -112,7 +112,7 @@ SLMOPS_INLINE void add_sub16(const uint8_t* block, int j, int half, const int8_t
 }
 
 /// Adds a whole block of 64 k of sub16 lines to the sums, reading it in the order in which it lies
-/// in memory: for at most kBlockRows rows, whose dots of four sub-groups fit the registers.
+/// in memory: for at most kSubBlockRows rows, whose dots of four sub-groups fit the registers.
 template <int kRows, int kLines>
 SLMOPS_INLINE void add_sub16_block(const uint8_t* block, int half, const int8_t* codes,
                                    int64_t stride, const int32_t* presets, int64_t preset_stride,

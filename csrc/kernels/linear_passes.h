@@ -162,7 +162,7 @@ SLMOPS_INLINE void sub16_pass(const Format& f, const Chunk& chunk, int half, con
       for (int l = 0; l < kLines; ++l) sum[r][l] = splat_i32(0);
     }
     for (const int8_t* end = codes + f.act_group; codes < end; codes += kGroups * kSubGroup) {
-      if constexpr (kWholeBlocks && kRows <= kBlockRows) {
+      if constexpr (kWholeBlocks && kRows <= kSubBlockRows) {
         add_sub16_block<kRows, kLines>(block, half, codes, rows.code_stride, presets,
                                        rows.preset_stride, sum);
       } else {

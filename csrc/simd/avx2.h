@@ -11,7 +11,7 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kMaxRows = 4;
 constexpr int kWideRows = 1;  // 4 rows x 16 outputs: 8 int16 sums, 4 weights, 1 broadcast of 16 ymm
-constexpr int kBlockRows = 0;
+constexpr int kSubBlockRows = 0;
 constexpr int kStreamRows = 1;  // with more, each half of a tile is a pass of its own
 constexpr int32_t kDot8Bias = 128;
 constexpr int kExpandRows = 0;  // a u8 dot takes two multiplies and a sign here, a u4 dot one

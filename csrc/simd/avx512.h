@@ -18,7 +18,7 @@ constexpr int kLanes = 16;
 // instead of 73 % of the peak for int8, group 32).
 constexpr int kMaxRows = 4;
 constexpr int kWideRows = 4;
-constexpr int kBlockRows = 2;  // from memory 1.03 (1 row) and 1.1 (2 rows) times the speed
+constexpr int kSubBlockRows = 2;  // from memory 1.03 (1 row) and 1.1 (2 rows) times the speed
 constexpr int kStreamRows = 32;
 constexpr int32_t kDot8Bias = 0;
 constexpr int kExpandRows = 17;

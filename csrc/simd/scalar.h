@@ -20,7 +20,7 @@ constexpr int kMaxRows = 1;  // arrays, not registers: larger blocks only take m
 constexpr int kWideRows = 0;
 /// Rows up to which the dots of a whole sub16 block are kept in registers, so that it is read in
 /// order.
-constexpr int kBlockRows = 0;
+constexpr int kSubBlockRows = 0;
 /// Rows up to which `group` tiles are not walked in chunks: the weights come from memory, best in
 /// one stream.
 constexpr int kStreamRows = 0;
