@@ -97,7 +97,8 @@ test-transformers: build $(VENV)/.stamp-dev
 	for version in $(TRANSFORMERS); do \
 	  $(PIP) install -q --no-deps --upgrade --target build/transformers-$$version "transformers==$$version.*"; \
 	  PYTHONPATH=build/transformers-$$version $(VENV)/bin/python -m pytest \
-	    tests/test_families.py tests/test_fuse.py tests/test_fused_models.py tests/test_fused_rotary.py; \
+	    tests/test_families.py tests/test_fuse.py tests/test_fused_models.py tests/test_fused_rotary.py \
+	    tests/test_attention_models.py; \
 	done
 
 ci-full: emulate-avx2 test-transformers
