@@ -1,4 +1,4 @@
-"""Rotary tables of our own: inverse frequencies from a transformers-style config, cos and sin.
+"""Inverse frequencies of rotary tables of our own, from a transformers-style config.
 
 A frequency is computed with 40 decimal digits and rounded once to float64, because `pow` and `log`
 differ between C libraries; `ops.rotary_table` keeps the rest the same on every CPU. transformers
@@ -17,36 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_slmops import ops
-
-__all__ = ["inverse_frequencies", "rotary_table", "scaled_frequencies"]
+__all__ = ["inverse_frequencies", "scaled_frequencies"]
 
 _Parameters = Mapping[str, Any]
 
 _CONTEXT = Context(prec=40)
 _TWO_PI = Decimal("6.283185307179586476925286766559005768394")
-
-
-def rotary_table(
-    config: Any,
-    positions: Tensor,
-    *,
-    layer_type: str | None = None,
-    interleaved: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Returns the cos and sin of positions, as `ops.rotary` takes them.
-
-    Args:
-        config: As in `inverse_frequencies`.
-        positions: int64 [B or 1, L].
-        layer_type: As in `inverse_frequencies`.
-        interleaved: Whether pairs are (2i, 2i + 1), not (i, i + R/2).
-
-    Returns:
-        cos and sin, float32 [B or 1, L, R].
-    """
-    inv_freq, scaling = inverse_frequencies(config, layer_type)
-    return ops.rotary_table(positions, inv_freq, scaling, interleaved)
 
 
 def inverse_frequencies(config: Any, layer_type: str | None = None) -> tuple[Tensor, float]:

@@ -140,9 +140,7 @@ SLMOPS_INLINE void with_row(const SourceRows& src, int64_t row, int64_t columns,
                             const Body& body) {
   if (src.perm != nullptr || end > columns) return body(AnyRow{src, row, columns});
   const uint8_t* x = static_cast<const uint8_t*>(src.x) + row * src.stride * size_of(src.type);
-  if (src.type == DType::bf16) return body(PlainRow<DType::bf16>{x});
-  if (src.type == DType::f16) return body(PlainRow<DType::f16>{x});
-  body(PlainRow<DType::f32>{x});
+  with_type(src.type, [&](auto type) { body(PlainRow<decltype(type)::value>{x}); });
 }
 
 /// x rounded once to type t, as fp32 again.

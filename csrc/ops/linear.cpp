@@ -26,9 +26,7 @@ void run_slab(const Problem& p, int64_t row, int64_t rows) {
   const Format& f = p.f;
   Scratch scratch(activation_bytes(f, rows));
   const SlabActivations x = take_activations(f, rows, &scratch);
-  SourceRows src = p.x;
-  src.x = static_cast<const uint8_t*>(src.x) + row * src.stride * size_of(src.type);
-  fill_activations(f, src, rows, x);
+  fill_activations(f, p.x, row, rows, x);
   run_product({.f = f,
                .packed = p.packed,
                .x = x,
@@ -56,7 +54,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features,
                      .bias = checked_bias,
                      .out = static_cast<uint8_t*>(out.mutable_data_ptr()),
                      .out_type = y_type};
-  const int64_t m = x.numel() / f.k, slab = slab_rows(f.k_padded * (is_int8(f) ? 1 : 4));
+  const int64_t m = x.numel() / f.k, slab = slab_rows(row_bytes(f));
   for (int64_t row = 0; row < m; row += slab) run_slab(p, row, std::min(slab, m - row));
   return out;
 }

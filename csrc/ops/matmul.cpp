@@ -26,7 +26,7 @@ int64_t slab_rows(int64_t row_bytes) {
 }
 
 int64_t activation_bytes(const Format& f, int64_t rows) {
-  if (!is_int8(f)) return aligned_bytes(rows * f.k_padded * int64_t{sizeof(float)});
+  if (!is_int8(f)) return aligned_bytes(rows * row_bytes(f));
   return aligned_bytes(rows * f.k_padded) +
          aligned_bytes(rows * (f.k_padded / f.act_group) * int64_t{sizeof(float)}) +
          aligned_bytes(rows * presets_per_row(f) * int64_t{sizeof(int32_t)});
@@ -40,14 +40,16 @@ SlabActivations take_activations(const Format& f, int64_t rows, Scratch* scratch
           nullptr};
 }
 
-void fill_activations(const Format& f, const SourceRows& src, int64_t rows,
+void fill_activations(const Format& f, const SourceRows& src, int64_t row, int64_t rows,
                       const SlabActivations& out) {
+  SourceRows slab = src;
+  slab.x = static_cast<const uint8_t*>(src.x) + row * src.stride * size_of(src.type);
   const KernelTable& table = kernels();
   parallel(rows, share_count(rows, f.k_padded * 8), [&](int64_t, int64_t begin, int64_t end) {
     if (is_int8(f)) {
-      table.quantize_rows(f, src, out.quantized, begin, end);
+      table.quantize_rows(f, slab, out.quantized, begin, end);
     } else {
-      table.widen_rows(f, src, out.wide, begin, end);
+      table.widen_rows(f, slab, out.wide, begin, end);
     }
   });
 }

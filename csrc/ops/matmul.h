@@ -15,6 +15,11 @@ namespace slmops {
 
 constexpr bool is_int8(const Format& f) { return f.activations == Activations::int8; }
 
+/// Scratch bytes of a row's activations, its scales and presets left out.
+constexpr int64_t row_bytes(const Format& f) {
+  return f.k_padded * (is_int8(f) ? 1 : int64_t{sizeof(float)});
+}
+
 /// Rows of a slab: bounds the scratch of long prompts, which takes `row_bytes` a row.
 int64_t slab_rows(int64_t row_bytes);
 
@@ -27,8 +32,8 @@ struct SlabActivations {
 /// Scratch bytes of the activations of `rows` rows.
 int64_t activation_bytes(const Format& f, int64_t rows);
 SlabActivations take_activations(const Format& f, int64_t rows, Scratch* scratch);
-/// Quantizes or widens `rows` rows of `src`.
-void fill_activations(const Format& f, const SourceRows& src, int64_t rows,
+/// Quantizes or widens rows [row, row + rows) of `src`, which become the slab's first.
+void fill_activations(const Format& f, const SourceRows& src, int64_t row, int64_t rows,
                       const SlabActivations& out);
 
 /// A weight with its activations and no bias, outputs in fp32; the caller sets what differs.

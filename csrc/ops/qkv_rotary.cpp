@@ -81,9 +81,7 @@ void run_by_rows(const Problem& p, const SlabActivations& x, int64_t row, int64_
 void run_slab(const Problem& p, int64_t row, int64_t rows) {
   Scratch scratch(activation_bytes(p.f, rows));
   const SlabActivations x = take_activations(p.f, rows, &scratch);
-  SourceRows src = p.x;
-  src.x = static_cast<const uint8_t*>(src.x) + row * src.stride * size_of(src.type);
-  fill_activations(p.f, src, rows, x);
+  fill_activations(p.f, p.x, row, rows, x);
   if (p.by_rows) {
     run_by_rows(p, x, row, rows);
   } else {
@@ -159,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> qkv_rotary(const Tensor& x, const Tensor& pac
                      .by_rows = std::max(q.width, k.width) > head_dim};
   const int64_t m = x.size(0) * x.size(1);
   const int64_t wide = p.by_rows ? f.n * 4 : 0;
-  const int64_t slab = slab_rows(f.k_padded * (is_int8(f) ? 1 : 4) + wide);
+  const int64_t slab = slab_rows(row_bytes(f) + wide);
   for (int64_t row = 0; row < m; row += slab) run_slab(p, row, std::min(slab, m - row));
   return {out[0], out[1], out[2]};
 }

@@ -78,16 +78,14 @@ void run_slab(const Problem& p, int64_t row, int64_t rows) {
   const SlabActivations x = take_activations(p.gate_up, rows, &scratch);
   const SlabActivations h = take_activations(down, rows, &scratch);
   float* wide = wide_bytes > 0 ? scratch.take<float>(rows * down.k_padded) : h.wide;
-  SourceRows src = p.x;
-  src.x = static_cast<const uint8_t*>(src.x) + row * src.stride * size_of(src.type);
-  fill_activations(p.gate_up, src, rows, x);
+  fill_activations(p.gate_up, p.x, row, rows, x);
   const GateArgs gate = {.down = &down,
                          .activation = p.activation,
                          .rows = h.quantized,
                          .wide = whole_rows ? wide : nullptr};
   run_gate_up(p, x, gate, whole_rows ? kSubBlock : span, rows);
   if (wide_bytes > 0) {
-    fill_activations(down, {wide, DType::f32, down.k_padded, nullptr}, rows, h);
+    fill_activations(down, {wide, DType::f32, down.k_padded, nullptr}, 0, rows, h);
   }
   run_product({.f = down,
                .packed = p.packed_down,
@@ -145,7 +143,8 @@ Tensor swiglu(const Tensor& x, const Tensor& gate_up, const Tensor& down, int64_
                      .out = static_cast<uint8_t*>(out.mutable_data_ptr()),
                      .out_type = x_type};
   const int64_t m = x.numel() / first.k;
-  const int64_t slab = slab_rows(first.k_padded + second.k_padded * (span_of(second) > 0 ? 1 : 4));
+  const int64_t slab =
+      slab_rows(row_bytes(first) + second.k_padded * (span_of(second) > 0 ? 1 : 4));
   for (int64_t row = 0; row < m; row += slab) run_slab(p, row, std::min(slab, m - row));
   return out;
 }
