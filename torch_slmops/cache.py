@@ -33,6 +33,11 @@ class _Memory:
     def view(self) -> Tensor:
         return self.tensor[:, :, self.first : self.stop]
 
+    def last(self, count: int) -> Tensor:
+        """The last `count` slots in use, and the free ones behind them."""
+        first = self.stop - count
+        return self.tensor if first == 0 else self.tensor[:, :, first:]
+
     def is_part(self, value: Tensor) -> bool:
         """Whether `value` is a view of some of the slots."""
         own = self.tensor
@@ -141,7 +146,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             memory.make_room(new)
             parts.append(memory)
         visible = self._visible(parts[0].stop - parts[0].first)
-        keys, values = (memory.tensor[:, :, memory.stop - visible :] for memory in parts)
+        keys, values = (memory.last(visible) for memory in parts)
         return keys, values, visible
 
     def _visible(self, used: int) -> int:
