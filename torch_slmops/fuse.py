@@ -37,6 +37,7 @@ __all__ = [
     "Plan",
     "Swap",
     "build",
+    "children",
     "find_blocks",
     "looks_like_a_block",
     "possible_blocks",
@@ -291,14 +292,24 @@ def build(block: Block, quantize: Quantize, pack: Pack) -> Swap:
     else:
         source = Linear.from_packed(pack(quantized), bias, weight.dtype)
     assert isinstance(spec, MLPSpec | AttentionSpec)
-    children: dict[str, nn.Module] = {spec.packed: source}
+    return Swap(module, spec, children(spec, source, [layer.out_features for layer in layers]))
+
+
+def children(
+    spec: MLPSpec | AttentionSpec, source: Linear | GateUp, sizes: list[int]
+) -> dict[str, nn.Module]:
+    """Returns the packed child of a fused block, and views of its rows for the old projections.
+
+    `sizes`: how many rows each of them has.
+    """
+    found: dict[str, nn.Module] = {spec.packed: source}
     names = spec.row.gate_up if isinstance(spec, MLPSpec) else spec.row.projections
     start = 0
-    for name, layer in zip(names, layers, strict=True):
+    for name, size in zip(names, sizes, strict=True):
         if name != spec.packed:
-            children[name] = Rows(source, start, start + layer.out_features).eval()
-        start += layer.out_features
-    return Swap(module, spec, children)
+            found[name] = Rows(source, start, start + size).eval()
+        start += size
+    return found
 
 
 def _gate_up(packed: Tensor, weight: Tensor, bias: nn.Parameter | None = None) -> GateUp:
@@ -316,8 +327,8 @@ def _build_experts(module: nn.Module, spec: ExpertsSpec, quantize: Quantize, pac
         first.append(_gate_up(pack(interleave(quantize(weight))), weight))
         packed = pack(quantize(down[e].detach()))
         second.append(Linear.from_packed(packed, None, down.dtype))
-    children: dict[str, nn.Module] = {"gate_up": first.eval(), "down": second.eval()}
-    return Swap(module, spec, children, (spec.row.gate_up, spec.row.down))
+    experts: dict[str, nn.Module] = {"gate_up": first.eval(), "down": second.eval()}
+    return Swap(module, spec, experts, (spec.row.gate_up, spec.row.down))
 
 
 def put(swaps: list[Swap]) -> None:
