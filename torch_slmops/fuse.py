@@ -32,6 +32,7 @@ from torch_slmops.survey import Site, weight_key
 from torch_slmops.weights import FLOAT_DTYPES, QuantizedWeight
 
 __all__ = [
+    "TABLES",
     "Block",
     "Left",
     "Plan",
@@ -55,7 +56,7 @@ _CLASSES: dict[type, type[Fused]] = {
     AttentionSpec: FusedAttention,
     RotarySpec: FusedRotary,
 }
-_TABLES = "rotary_emb"  # what transformers calls the module with the rotary tables
+TABLES = "rotary_emb"  # what transformers calls the module with the rotary tables
 # Names of classes that compute what a fused op might: used to tell what was left, and why.
 _BLOCK = re.compile(r"Attention|Attn|MLP|FeedForward|FFN|Experts")
 
@@ -118,7 +119,7 @@ def possible_blocks(model: nn.Module) -> list[str]:
         name
         for name, module in model.named_modules()
         if module._parameters
-        or name.split(".")[-1] == _TABLES
+        or name.split(".")[-1] == TABLES
         or any(isinstance(c, nn.Linear | PackedModule) for c in module._modules.values())
     ]
 
@@ -246,10 +247,10 @@ class _Finder:
         fused = {b.module for b in self.plan.blocks if isinstance(b.spec, AttentionSpec)}
         fused.update(m for m in self.model.modules() if isinstance(m, FusedAttention))
         for name, parent in self.model.named_modules():
-            module = parent._modules.get(_TABLES)
+            module = parent._modules.get(TABLES)
             if module is None or isinstance(module, Fused):
                 continue
-            path = f"{name}.{_TABLES}" if name else _TABLES
+            path = f"{name}.{TABLES}" if name else TABLES
             spec: RotarySpec | str = match_rotary(module)
             others = [m for m in parent.modules() if m is not parent and _may_use_tables(m, fused)]
             if not isinstance(spec, str) and others:

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torch_slmops.fuse import Block
-from torch_slmops.fused import ExpertsSpec
+from torch_slmops.fuse import TABLES, Block, Left
+from torch_slmops.fused import AttentionSpec, ExpertsSpec
 from torch_slmops.notes import note_left, note_options
 from torch_slmops.optimize import Codes, Work, carry_out, make_formats, plan_work, progress_bar
 from torch_slmops.rebuild import real_tensors
@@ -51,15 +51,21 @@ class Stream:
             options: The arguments of `optimize`, with `strict`.
         """
         self._options = dict(options)
-        self._strict = self._options.pop("strict")
+        strict = self._options.pop("strict")
         self._chosen = {name: self._options[name] for name in ("include", "exclude", "fuse")}
         formats = {k: v for k, v in self._options.items() if k not in self._chosen}
         self._formats = make_formats(**formats)
         self.units: dict[str, Unit] = {}
+        self._left: dict[str, Left] = {}
         self._error: Exception | None = None
         with real_tensors():
-            work = plan_work(model, self._formats, **self._chosen, strict=self._strict)
+            work = plan_work(model, self._formats, **self._chosen, strict=strict)
+            self._left = work.left
             self._add_units(model, work)
+            # Attention whose one projection is packed in its place, which hides it from a plan.
+            first = [b for b in work.blocks if isinstance(b.spec, AttentionSpec) and not b.sites]
+            part = replace(work, todo=[], alone=[], blocks=first)
+            carry_out(model, part, Codes(), lambda count: None)
 
     def _add_units(self, model: nn.Module, work: Work) -> None:
         names: dict[nn.Module, list[str]] = {}
@@ -142,11 +148,16 @@ class Stream:
         if self._error is not None:
             raise self._error
         with real_tensors():
-            work = plan_work(model, self._formats, **self._names(), strict=self._strict)
+            work = plan_work(model, self._formats, **self._names(), strict=False)
             with progress_bar(work.size, True, "packing weights") as advance:
                 carry_out(model, work, Codes(), advance)
         if self._chosen["fuse"]:
-            note_left(model, work.left)
+            # Only rotary tables could not be judged before; others may hold packed layers by now.
+            left = {
+                name: now if name.endswith(TABLES) else self._left.get(name, now)
+                for name, now in work.left.items()
+            }
+            note_left(model, left)
         note_options(model, self._options)
 
     def _names(self) -> dict[str, Any]:
