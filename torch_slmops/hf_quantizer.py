@@ -29,7 +29,6 @@ from torch_slmops.recipe import (
     FORMAT_VERSION,
     Recipe,
     SavedModelError,
-    Stored,
     check_version,
     recipe_of,
 )
@@ -234,14 +233,22 @@ def _take_over(model: nn.Module, structure: Structure, files: dict[str, str]) ->
 
 def _taken(tensor: Tensor, name: str, recipe: Recipe, files: dict[str, str], first: str) -> Tensor:
     """A copy of a loaded tensor that is what was saved, as far as its dtype lets one see."""
-    stored: Stored = recipe.tensors[name]
-    if name not in files and tensor.device.type == "meta":
-        raise SavedModelError(f"{first}: {name}: expected such a tensor, there is none")
-    dtype = getattr(torch, stored.dtype)
-    if tensor.dtype == dtype or torch.promote_types(tensor.dtype, dtype) == tensor.dtype:
-        # A wider dtype that the caller asked for holds the same values.
-        check(tensor.to(dtype), name, stored, files.get(name, first))
+    dtype = getattr(torch, recipe.tensors[name].dtype)
+    # A wider dtype that the caller asked for holds the same values, a narrower one does not.
+    if tensor.device.type != "meta" and torch.promote_types(tensor.dtype, dtype) == tensor.dtype:
+        try:
+            check(tensor.to(dtype), name, recipe.tensors[name], files.get(name, first))
+        except SavedModelError:
+            if name in files:
+                raise
+            raise _missing(first, name) from None
+    elif tensor.device.type == "meta":
+        raise _missing(first, name)
     return memory.copied(tensor) if tensor.dtype == torch.uint8 else tensor.clone()
+
+
+def _missing(file: str, name: str) -> SavedModelError:
+    return SavedModelError(f"{file}: {name}: expected such a tensor, there is none")
 
 
 if NAME not in AUTO_QUANTIZER_MAPPING:

@@ -20,9 +20,10 @@ def note_left(model: nn.Module, left: Mapping[str, Left]) -> None:
     vars(model)[_LEFT] = {n: (block.what, block.reason) for n, block in left.items()}
 
 
-def left_of(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """Returns the class and the reason of each block that is not fused, as noted."""
-    return vars(model).get(_LEFT) or {}
+def left_of(model: nn.Module) -> dict[str, tuple[str, str]] | None:
+    """Returns the class and the reason of each block that is not fused, if that was noted."""
+    found: dict[str, tuple[str, str]] | None = vars(model).get(_LEFT)
+    return found
 
 
 def note_options(model: nn.Module, options: Mapping[str, Any]) -> None:
@@ -47,9 +48,12 @@ def note_options(model: nn.Module, options: Mapping[str, Any]) -> None:
             pending += module.children()
 
 
-def note_saved(model: nn.Module, left: dict[str, tuple[str, str]], options: Any) -> None:
+def note_saved(
+    model: nn.Module, left: dict[str, tuple[str, str]] | None, options: dict[str, Any]
+) -> None:
     """Leaves on a loaded model what the saved one had noted."""
-    vars(model)[_LEFT] = dict(left)
+    if left is not None:
+        vars(model)[_LEFT] = dict(left)
     note_options(model, options)
 
 

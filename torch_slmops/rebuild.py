@@ -51,6 +51,19 @@ def real_tensors() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def _in_eval(model: nn.Module) -> Iterator[None]:
+    """Inside it, no module is in training mode, where dropout would blur what it computes."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @dataclass
 class Structure:
     """What `apply` does to a skeleton, and the rest once the weights are there.
@@ -212,7 +225,8 @@ def _block(
     package = type(module).__module__.partition(".")[0]
     version = package_version(package)
     known = version is not None and recipe.made_by.get(package) == version
-    with real_tensors(), expecting(_expected_rows(module, block), probe=not known):
+    expected = expecting(_expected_rows(module, block), probe=not known)
+    with real_tensors(), _in_eval(module), expected:
         spec = match(module)
     if isinstance(spec, str):
         raise _refused(file, name, module, block, spec)

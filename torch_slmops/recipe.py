@@ -68,7 +68,7 @@ class Recipe:
         blocks: The fused blocks by name, and what `facts` says of them.
         tensors: What the file holds, by name.
         shared: Names that a tensor has besides the one that it is stored by.
-        left: Blocks that are not fused: class and reason.
+        left: Blocks that are not fused: class and reason; None where fusing was not tried.
         options: The arguments of `optimize`, for people.
         made_by: Versions of the packages that the blocks' code came from, and of this one.
     """
@@ -77,7 +77,7 @@ class Recipe:
     blocks: dict[str, dict[str, Any]]
     tensors: dict[str, Stored]
     shared: dict[str, str]
-    left: dict[str, tuple[str, str]] = field(default_factory=dict)
+    left: dict[str, tuple[str, str]] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     made_by: dict[str, str] = field(default_factory=dict)
 
@@ -225,7 +225,9 @@ def _from_plain(plain: Any) -> Recipe:
     for layer in layers.values():
         if not isinstance(getattr(torch, layer.dtype, None), torch.dtype):
             raise ValueError(f"dtype {layer.dtype!r}")
-    left = {name: (str(what), str(why)) for name, (what, why) in plain["left"].items()}
+    left = plain["left"]
+    if left is not None:
+        left = {name: (str(what), str(why)) for name, (what, why) in left.items()}
     blocks = {name: dict(block) for name, block in plain["blocks"].items()}
     shared = dict(plain["shared"])
     if not set(shared.values()) <= tensors.keys() or tensors.keys() & shared.keys():

@@ -58,6 +58,7 @@ class Stream:
         self.units: dict[str, Unit] = {}
         self._left: dict[str, Left] = {}
         self._error: Exception | None = None
+        model.eval()  # as from_pretrained leaves it
         with real_tensors():
             work = plan_work(model, self._formats, **self._chosen, strict=strict)
             self._left = work.left
