@@ -19,12 +19,14 @@ from torch_slmops.save_load import load, save
 from torch_slmops.weights import QuantizedWeight, quantize_weight
 
 if TYPE_CHECKING:
-    from torch_slmops.hf_quantizer import SlmopsConfig as SlmopsConfig
+    from torch_slmops.cache import Cache
+    from torch_slmops.hf_quantizer import SlmopsConfig
 
-# Without SlmopsConfig, which imports transformers when it is asked for.
 __all__ = [
+    "Cache",
     "QuantizedWeight",
     "SavedModelError",
+    "SlmopsConfig",
     "__version__",
     "dequantize",
     "isa",
@@ -44,7 +46,11 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "SlmopsConfig":
+    if name == "Cache":  # here, because it needs transformers
+        from torch_slmops.cache import Cache
+
+        return Cache
+    if name == "SlmopsConfig":  # likewise
         from torch_slmops.hf_quantizer import SlmopsConfig
 
         return SlmopsConfig

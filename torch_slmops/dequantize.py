@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from torch_slmops.attention import NAME
 from torch_slmops.fused import AttentionSpec, ExpertsSpec, Fused, MLPSpec
 from torch_slmops.modules import Embedding, PackedModule
 from torch_slmops.packed_rows import Rows
@@ -51,13 +52,14 @@ def dequantize(model: Model, *, dtype: torch.dtype | None = None) -> Model:
         for name in names:
             del block._modules[name]
         block._parameters.update(experts.get(block, {}))
-        del vars(block)["slmops"]
+        for name in ("slmops", "slmops_run"):
+            vars(block).pop(name, None)
         block.__class__ = type(block).__bases__[1]
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in layers:
                 parent._modules[name] = layers[child]
-    _forget(model)
+    _forget(model, bool(blocks))
     return model
 
 
@@ -129,8 +131,8 @@ def _parameter(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values, requires_grad=False)
 
 
-def _forget(model: nn.Module) -> None:
-    """Removes the notes of `optimize`, and what it told transformers."""
+def _forget(model: nn.Module, blocks: bool) -> None:
+    """Removes the notes of `optimize`, and what it told transformers; `blocks`: some were fused."""
     for module in model.modules():
         known: Any = module
         for note in ("_slmops_left", "_slmops_options"):
@@ -139,6 +141,10 @@ def _forget(model: nn.Module) -> None:
             if "_slmops_ties" in vars(module):
                 vars(module)["_tied_weights_keys"] = vars(module).pop("_slmops_ties")
             known.all_tied_weights_keys = known.get_expanded_tied_weights_keys(all_submodels=True)
+        config: Any = getattr(module, "config", None)
+        change = getattr(module, "set_attn_implementation", None)
+        if blocks and change and getattr(config, "_attn_implementation", None) == NAME:
+            change("sdpa")  # in whose place ours was put
         quantizer: Any = getattr(module, "hf_quantizer", None)
         if getattr(quantizer, "is_slmops", False):
             quantizer.remove_quantization_config(module)

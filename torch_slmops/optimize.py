@@ -12,10 +12,12 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from torch_slmops.attention import use_own_attention
 from torch_slmops.calibrate import Unit, calibrate, make_batches
 from torch_slmops.fuse import Block, Left, Plan, Swap, build, find_blocks, possible_blocks, put
 from torch_slmops.modules import Embedding, Linear, PackedModule
 from torch_slmops.notes import note_left, note_options
+from torch_slmops.stack import link_runs
 from torch_slmops.survey import Patterns, Site, check_model, chooser, find_sites, weight_key
 from torch_slmops.weights import FLOAT_DTYPES, QuantizedWeight, quantize_weight, resolve_scales
 
@@ -147,6 +149,7 @@ def optimize(
     with progress_bar(work.size, progress, "packing weights") as advance:
         carry_out(model, work, codes, advance)
     if fuse:
+        use_own_attention(model)
         note_left(model, work.left)
     options = {
         "weights": weights,
@@ -440,6 +443,7 @@ def swap(
             if child in replacements:
                 parent._modules[name] = replacements[child]
     put(swaps)
+    link_runs(model)
     for module, kept in ties.items():
         vars(module).setdefault("_slmops_ties", getattr(module, "_tied_weights_keys", None))
         vars(module)["_tied_weights_keys"] = kept

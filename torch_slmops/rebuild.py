@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from torch_slmops import families
+from torch_slmops.attention import use_own_attention
 from torch_slmops.families import Attention
 from torch_slmops.fuse import Swap, children, put
 from torch_slmops.fused import AttentionSpec, ExpertsSpec, MLPSpec, NormSpec
+from torch_slmops.fused_decoder import LayerSpec
 from torch_slmops.fused_rotary import match_rotary
-from torch_slmops.match import match_attention, match_experts, match_mlp, match_norm
+from torch_slmops.match import match_attention, match_experts, match_layer, match_mlp, match_norm
 from torch_slmops.modules import Embedding, Linear, PackedModule
 from torch_slmops.optimize import remaining_ties, swap
 from torch_slmops.packed_rows import GateUp
@@ -30,11 +32,13 @@ from torch_slmops.recipe import Recipe, SavedModelError, facts, package_version
 __all__ = ["Structure", "plan_structure", "real_tensors"]
 
 _ROTARY = "RotarySpec"
-_MATCH: dict[str, Callable[[nn.Module], Any]] = {
-    "NormSpec": match_norm,
-    "MLPSpec": match_mlp,
-    "ExpertsSpec": match_experts,
-    "AttentionSpec": match_attention,
+_LAYER = "LayerSpec"
+_MATCH: dict[str, Callable[[nn.Module, Mapping[nn.Module, object]], Any]] = {
+    "NormSpec": lambda module, specs: match_norm(module),
+    "MLPSpec": lambda module, specs: match_mlp(module),
+    "ExpertsSpec": lambda module, specs: match_experts(module),
+    "AttentionSpec": lambda module, specs: match_attention(module),
+    _LAYER: match_layer,
 }
 _PACKED = ".packed"
 
@@ -134,6 +138,8 @@ class Structure:
     def finish(self) -> None:
         """Puts rotary tables in place and lets modules share what they shared."""
         put(self.rotary_swaps())
+        if self.swaps:
+            use_own_attention(self.model)
         for name, source in self.recipe.shared.items():
             module = self.packed.get(name.removesuffix(_PACKED))
             if module is not None and name.endswith(_PACKED):  # else an alias of the same module
@@ -153,11 +159,14 @@ def plan_structure(model: nn.Module, recipe: Recipe, file: str) -> Structure:
         SavedModelError: The skeleton is not that of the model that was saved.
     """
     swaps: list[Swap] = []
+    specs: dict[nn.Module, object] = {}
     packed: dict[str, PackedModule] = {}
-    for name, block in recipe.blocks.items():
+    # Layers last: what they are depends on the blocks in them.
+    for name, block in sorted(recipe.blocks.items(), key=lambda item: item[1]["kind"] == _LAYER):
         if block["kind"] == _ROTARY:
             continue
-        found = _block(model, name, block, recipe, file)
+        found = _block(model, name, block, recipe, specs, file)
+        specs[found.module] = found.spec
         swaps.append(found)
         for child_name, child in found.children.items():
             for inner_name, inner in child.named_modules():
@@ -212,9 +221,17 @@ def _refused(
 
 
 def _block(
-    model: nn.Module, name: str, block: Mapping[str, Any], recipe: Recipe, file: str
+    model: nn.Module,
+    name: str,
+    block: Mapping[str, Any],
+    recipe: Recipe,
+    specs: Mapping[nn.Module, object],
+    file: str,
 ) -> Swap:
-    """What fusing one block puts into the model, its packed weights empty."""
+    """What fusing one block puts into the model, its packed weights empty.
+
+    `specs`: of the blocks that were found before.
+    """
     match = _MATCH.get(block["kind"])
     if match is None:
         raise SavedModelError(
@@ -227,7 +244,7 @@ def _block(
     known = version is not None and recipe.made_by.get(package) == version
     expected = expecting(_expected_rows(module, block), probe=not known)
     with real_tensors(), _in_eval(module), expected:
-        spec = match(module)
+        spec = match(module, specs)
     if isinstance(spec, str):
         raise _refused(file, name, module, block, spec)
     now = facts(spec)
@@ -251,7 +268,7 @@ def _expected_rows(module: nn.Module, block: Mapping[str, Any]) -> dict[nn.Modul
 
 
 def _swap_of(module: nn.Module, spec: Any) -> Swap:
-    if isinstance(spec, NormSpec):
+    if isinstance(spec, NormSpec | LayerSpec):
         return Swap(module, spec, {})
     if isinstance(spec, ExpertsSpec):
         return _experts(module, spec)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from torch_slmops import ops
-from torch_slmops.families import Attention, Experts, GatedMLP, RMSNorm
 from torch_slmops.fused import Fused
 from torch_slmops.modules import PackedModule
 from torch_slmops.notes import left_of, options_of
@@ -184,7 +183,7 @@ def facts(spec: Any) -> dict[str, Any]:
         value = getattr(spec, item.name)
         if item.name in _OF_THE_CODE:
             continue
-        if isinstance(value, RMSNorm | GatedMLP | Experts | Attention):
+        if item.name == "row":
             value = value.name
         elif dataclasses.is_dataclass(value):
             value = facts(value)

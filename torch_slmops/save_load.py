@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_slmops import memory
+from torch_slmops.attention import use_own_attention
 from torch_slmops.files import Checkpoint, weight_files
 from torch_slmops.fuse import put
 from torch_slmops.fused import Fused
@@ -88,6 +89,8 @@ def load(path: str | os.PathLike[str], into: Model) -> Model:
     tensors = _tensors(checkpoint, structure.packed)
     structure.apply()
     put(rotary)
+    if structure.swaps:
+        use_own_attention(into)
     _assign(into, tensors, recipe.shared)
     for name, module in structure.packed.items():
         module.dtype = getattr(torch, recipe.layers[name].dtype)

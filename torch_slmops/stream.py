@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torch_slmops.attention import use_own_attention
 from torch_slmops.fuse import TABLES, Block, Left
 from torch_slmops.fused import AttentionSpec, ExpertsSpec
 from torch_slmops.notes import note_left, note_options
@@ -153,6 +154,7 @@ class Stream:
             with progress_bar(work.size, True, "packing weights") as advance:
                 carry_out(model, work, Codes(), advance)
         if self._chosen["fuse"]:
+            use_own_attention(model)
             # Only rotary tables could not be judged before; others may hold packed layers by now.
             left = {
                 name: now if name.endswith(TABLES) else self._left.get(name, now)
