@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from torch_slmops import memory
 from torch_slmops.attention import use_own_attention
 from torch_slmops.calibrate import Unit, calibrate, make_batches
 from torch_slmops.fuse import Block, Left, Plan, Swap, build, find_blocks, possible_blocks, put
@@ -234,6 +235,7 @@ def carry_out(
         replacements = _build(work.alone, work.formats, codes, advance)
         swaps = _build_blocks(work.blocks, work.formats[False], codes, advance)
     swap(model, replacements, remaining_ties(model, replacements), swaps)
+    memory.give_back()
     return replacements
 
 
