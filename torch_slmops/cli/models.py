@@ -167,7 +167,26 @@ def _load_model(source: Source, dtype: str) -> Any:
     names = config.architectures or [""]
     found = getattr(transformers, names[0], transformers.AutoModelForCausalLM)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    return found.from_pretrained(source.folder, dtype=wanted, **source.options)
+    if source.gguf is None:
+        return found.from_pretrained(source.folder, dtype=wanted)
+    return _load_gguf(found, source, wanted)
+
+
+def _load_gguf(model_class: Any, source: Source, dtype: Any) -> Any:
+    """A plain float model: transformers dequantizes all of it, and its marks of that are taken off.
+
+    They would say that the model is quantized, and what is saved afterwards that it is a GGUF.
+    """
+    from transformers import GgufConfig
+
+    plain = GgufConfig(dequantize=True)
+    model = model_class.from_pretrained(
+        source.folder, dtype=dtype, quantization_config=plain, **source.options
+    )
+    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(mark, None)
+    vars(model.config).pop("quantization_config", None)
+    return model
 
 
 def _load_tokenizer(source: Source) -> Any:

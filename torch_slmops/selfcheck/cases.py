@@ -90,6 +90,7 @@ def cases() -> Iterator[Case]:
     yield from _rotaries()
     yield from _fused()
     yield from _attentions()
+    yield from _layers()
 
 
 def _call(op: str, *arguments: Any) -> Case:
@@ -203,3 +204,44 @@ def _attentions() -> Iterator[Case]:
             yield _call("attention", q, k, v, mask, first, False, 7, 0.25, 30.0)
             bias = numbers.values(1, 4, queries, keys)
             yield _call("attention", q, k, v, bias, None, True, 0, 0.25)
+
+
+def _layers() -> Iterator[Case]:
+    numbers = Numbers(11)
+    for dtype, formats, start, length in (
+        (torch.float32, (SUB16, GROUP), 0, 3),
+        (BF16, (SUB16, SUB16), 5, 1),
+        (BF16, (INT8,), 2, 20),
+        (F16, (FLOAT,), 0, 3),
+    ):
+        weights = [part for fmt in formats for part in _layer(fmt, numbers, dtype)]
+        cache = [numbers.values(2, 2, 24, 16).to(dtype) for _ in range(2 * len(formats))]
+        cos, sin = (numbers.values(1, length, 16) for _ in range(2))
+        x = numbers.values(2, length, 96).to(dtype)
+        inputs = (x, weights, cache, torch.tensor(start), cos, sin, None, None)
+        sizes = ([4, 2, 2], 16, 96, "silu", 1e-5, 0.0, True, 1e-6, 0.0, False, 0.25)
+        yield _cached_call(inputs + sizes)
+
+
+def _layer(fmt: _Format, numbers: Numbers, dtype: torch.dtype) -> list[Tensor]:
+    """The tensors of a layer of 4, 2 and 2 heads of 16, 96 wide, its MLP too."""
+    norm = (numbers.values(96) / 4 + 1).to(dtype)
+    parts = {
+        "pre_attention_norm": norm,
+        "qkv": fmt.pack(128, 96),
+        "output": fmt.pack(96, 64),
+        "pre_mlp_norm": norm,
+        "gate_up": fmt.pack(192, 96),
+        "down": fmt.pack(96, 96),
+    }
+    return [parts.get(name, torch.empty(0)) for name in ops.LAYER_PARTS]
+
+
+def _cached_call(arguments: tuple[Any, ...]) -> Case:
+    """decoder_layers, whose cache grows: on a copy of it, which is part of the result."""
+
+    def run(compute: Any) -> list[Tensor]:
+        cache = [part.clone() for part in arguments[2]]
+        return [compute.decoder_layers(*arguments[:2], cache, *arguments[3:]), *cache]
+
+    return Case("decoder_layers", lambda: run(ops), lambda: run(reference))

@@ -126,7 +126,7 @@ def default_threads() -> tuple[int, ...]:
 
 def steps(rows: Sequence[str], threads: Sequence[int]) -> int:
     """How many steps `selfcheck` reports with these arguments."""
-    return sum(1 for _ in cases()) + 1 + 2 * len(rows) * len(threads)
+    return sum(1 for _ in cases()) + 1 + 3 * len(rows) * len(threads)
 
 
 @contextmanager
@@ -176,8 +176,8 @@ def _logits(rows: Sequence[str], threads: Sequence[int]) -> Iterator[tuple[str, 
     model = Model()
     yield "reference", _digest([model.prefill(reference)])
     for row, count in _settings(rows, threads):
-        yield f"{row}, threads {count}, prefill", _digest([model.prefill()])
-        yield f"{row}, threads {count}, decode", _digest([model.decode()])
+        for way in (model.prefill, model.decode, model.layers):
+            yield f"{row}, threads {count}, {way.__name__}", _digest([way()])
 
 
 def _summary(op: str, entries: list[tuple[str, list[str]]]) -> OpResult:

@@ -7,6 +7,7 @@ __all__ = ["LOGITS", "OPS", "VECTORS"]
 OPS = {
     "add_rms_norm": "6bcf19ba127ed19a",
     "attention": "fb99fa580d0195b4",
+    "decoder_layers": "8bdcc05240d175e6",
     "embedding": "9741c08496961339",
     "linear": "9297d8ee0b86f304",
     "pack_": "1d6d1713a646de96",
@@ -19,6 +20,6 @@ OPS = {
     "unpack": "c7348128e324b07c",
 }
 
-VECTORS = "aa9ca6e11b3683e16e7338254bd15d63540585dd1d8421b5ac7cc9468c739138"
+VECTORS = "7d7a0bc75e729b92eb8d77ecb2249f4a2aa30a3ffec880e7b0fbeff183efbca1"
 
 LOGITS = "874815a833a717be4807b99584331276511b6898e14c066396af38f209151235"

@@ -1,7 +1,8 @@
 """A small language model that needs no file: its weights come from `Numbers`, its ops are ours.
 
 Two layers of the structure of Llama, 24 tokens, bfloat16, int4 layers with int8 embedding and head.
-Nothing but the ops of this package computes in it, so its logits are the same bits on every CPU.
+Nothing but the ops of this package computes in it, so its logits are the same bits on every CPU and
+in each of the three ways of computing them.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ class Model:
             return (numbers.values(_WIDTH) / 4 + 1).bfloat16()
 
         self.embedding = quantize_weight(weight(VOCABULARY, _WIDTH), 8).pack()
-        self.layers = [
+        self.blocks = [
             {
-                "input_norm": norm(),
+                "pre_attention_norm": norm(),
                 "qkv": quantize_weight(weight(sum(_HEADS) * _HEAD_DIM, _WIDTH)).pack(),
-                "out": quantize_weight(weight(_WIDTH, _HEADS[0] * _HEAD_DIM)).pack(),
-                "norm": norm(),
+                "output": quantize_weight(weight(_WIDTH, _HEADS[0] * _HEAD_DIM)).pack(),
+                "pre_mlp_norm": norm(),
                 "gate_up": interleave(quantize_weight(weight(2 * _HIDDEN, _WIDTH))).pack(),
                 "down": quantize_weight(weight(_WIDTH, _HIDDEN)).pack(),
             }
@@ -61,14 +62,52 @@ class Model:
         tokens = [self.ids[:, i : i + 1] for i in range(TOKENS)]
         return torch.cat([self._run(compute, ids, i, cache) for i, ids in enumerate(tokens)])
 
+    def layers(self, compute: Any = ops) -> Tensor:
+        """The same by the op of whole layers: half of the tokens at once, then one by one."""
+        shape = (1, _HEADS[1], TOKENS, _HEAD_DIM)
+        cache = [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2 * _LAYERS)]
+        parts = [
+            layer.get(name, torch.empty(0)) for layer in self.blocks for name in ops.LAYER_PARTS
+        ]
+        half = TOKENS // 2
+        parts_of_ids = [self.ids[:, :half], *(self.ids[:, i : i + 1] for i in range(half, TOKENS))]
+        logits: list[Tensor] = []
+        for ids in parts_of_ids:
+            start = sum(part.shape[0] for part in logits)
+            x = compute.decoder_layers(
+                compute.embedding(ids, self.embedding, _WIDTH, torch.bfloat16),
+                parts,
+                cache,
+                torch.tensor(start),
+                *_tables(compute, start, ids.shape[1]),
+                None,
+                None,
+                _HEADS,
+                _HEAD_DIM,
+                _HIDDEN,
+                "silu",
+                _EPS,
+                0.0,
+                True,
+                0.0,
+                0.0,
+                False,
+                _HEAD_DIM**-0.5,
+            )
+            x = compute.rms_norm(x, self.norm, _EPS, 0.0, True)
+            logits.append(self._head(compute, x))
+        return torch.cat(logits)
+
+    def _head(self, compute: Any, x: Tensor) -> Tensor:
+        logits: Tensor = compute.linear(x[0], self.embedding, VOCABULARY, None, None, torch.float32)
+        return logits
+
     def _run(self, compute: Any, ids: Tensor, start: int, cache: list[Any]) -> Tensor:
-        positions = torch.arange(start, start + ids.shape[1])[None]
-        inv_freq = torch.tensor([2.0**-i for i in range(_HEAD_DIM // 2)], dtype=torch.float64)
-        tables = compute.rotary_table(positions, inv_freq, 1.0, False)
+        tables = _tables(compute, start, ids.shape[1])
         total = compute.embedding(ids, self.embedding, _WIDTH, torch.bfloat16)
         step = None
-        for i, layer in enumerate(self.layers):
-            x, total = _norm(compute, step, total, layer["input_norm"])
+        for i, layer in enumerate(self.blocks):
+            x, total = _norm(compute, step, total, layer["pre_attention_norm"])
             q, k, v = compute.qkv_rotary(
                 x, layer["qkv"], _HEADS, _HEAD_DIM, None, None, None, 0.0, 0.0, *tables, False
             )
@@ -76,13 +115,18 @@ class Model:
                 k, v = (torch.cat(pair, 1) for pair in zip(cache[i], (k, v), strict=True))
             cache[i] = k, v
             mixed = compute.attention(q, k, v, None, None, True, 0, _HEAD_DIM**-0.5)
-            step = compute.linear(mixed.flatten(2), layer["out"], _WIDTH)
-            x, total = _norm(compute, step, total, layer["norm"])
+            step = compute.linear(mixed.flatten(2), layer["output"], _WIDTH)
+            x, total = _norm(compute, step, total, layer["pre_mlp_norm"])
             step = compute.swiglu(x, layer["gate_up"], layer["down"], _HIDDEN, _WIDTH, "silu")
         x, total = _norm(compute, step, total, self.norm)
-        head = compute.linear(x, self.embedding, VOCABULARY, None, None, torch.float32)
-        logits: Tensor = head[0]
-        return logits
+        return self._head(compute, x)
+
+
+def _tables(compute: Any, start: int, length: int) -> tuple[Tensor, Tensor]:
+    positions = torch.arange(start, start + length)[None]
+    inv_freq = torch.tensor([2.0**-i for i in range(_HEAD_DIM // 2)], dtype=torch.float64)
+    tables: tuple[Tensor, Tensor] = compute.rotary_table(positions, inv_freq, 1.0, False)
+    return tables
 
 
 def _norm(
