@@ -159,11 +159,11 @@ def _model(args: argparse.Namespace, screen: Screen) -> list[dict[str, Any]]:
     import torch
 
     from torch_slmops.bench.model import PROMPT, measure, random_llama
-    from torch_slmops.cli.models import require_transformers
+    from torch_slmops.cli.models import prepare_transformers
     from torch_slmops.optimize import optimize
     from torch_slmops.report import report
 
-    require_transformers()
+    prepare_transformers()
     shape = MODELS[args.model]
     found: list[dict[str, Any]] = []
     with screen.progress(len(_VARIANTS), shape.name) as advance:

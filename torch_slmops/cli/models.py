@@ -20,6 +20,8 @@ __all__ = [
     "Loaded",
     "add_model_options",
     "load",
+    "load_float",
+    "prepare_transformers",
     "require_transformers",
 ]
 
@@ -103,7 +105,7 @@ def load(args: argparse.Namespace, screen: Screen, *, wants_tokenizer: bool = Tr
 
     source = _locate(args.model)
     texts = _texts(args.calibration)
-    _quieten()
+    prepare_transformers()
     start = time.perf_counter()
     model = _guarded(source, lambda: _load_model(source, args.dtype)).eval()
     tokenizer = None
@@ -116,6 +118,13 @@ def load(args: argparse.Namespace, screen: Screen, *, wants_tokenizer: bool = Tr
     elif not args.no_optimize:
         _optimize(model, args, texts, tokenizer)
     return Loaded(source, model, tokenizer, was_packed, read - start, time.perf_counter() - read)
+
+
+def load_float(name: str, dtype: str) -> Any:
+    """Loads a model and leaves it as it is; the errors of `load`."""
+    source = _locate(name)
+    prepare_transformers()
+    return _guarded(source, lambda: _load_model(source, dtype)).eval()
 
 
 def _locate(name: str) -> Source:
@@ -145,8 +154,12 @@ def _texts(files: list[Path] | None) -> list[str] | None:
         raise UserError(f"--calibration: expected text files in UTF-8: {error}") from error
 
 
-def _quieten() -> None:
-    """Leaves transformers' errors and, on a terminal, its progress bars."""
+def prepare_transformers() -> None:
+    """Quietens transformers but for errors and, on a terminal, progress bars.
+
+    Raises:
+        UserError: transformers is not installed.
+    """
     require_transformers()
     for name in ("torchao", "torch.utils._pytree"):  # what importing transformers imports warns of
         logging.getLogger(name).setLevel(logging.ERROR)

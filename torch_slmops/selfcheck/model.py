@@ -70,29 +70,30 @@ class Model:
             layer.get(name, torch.empty(0)) for layer in self.blocks for name in ops.LAYER_PARTS
         ]
         half = TOKENS // 2
-        parts_of_ids = [self.ids[:, :half], *(self.ids[:, i : i + 1] for i in range(half, TOKENS))]
         logits: list[Tensor] = []
-        for ids in parts_of_ids:
-            start = sum(part.shape[0] for part in logits)
+        for start, end in [(0, half), *((i, i + 1) for i in range(half, TOKENS))]:
+            ids = self.ids[:, start:end]
+            cos, sin = _tables(compute, start, ids.shape[1])
             x = compute.decoder_layers(
                 compute.embedding(ids, self.embedding, _WIDTH, torch.bfloat16),
                 parts,
                 cache,
                 torch.tensor(start),
-                *_tables(compute, start, ids.shape[1]),
-                None,
-                None,
-                _HEADS,
-                _HEAD_DIM,
-                _HIDDEN,
-                "silu",
-                _EPS,
-                0.0,
-                True,
-                0.0,
-                0.0,
-                False,
-                _HEAD_DIM**-0.5,
+                cos,
+                sin,
+                mask=None,
+                position_ids=None,
+                heads_q_k_v=_HEADS,
+                head_dim=_HEAD_DIM,
+                hidden=_HIDDEN,
+                activation="silu",
+                eps=_EPS,
+                offset=0.0,
+                cast_before_weight=True,
+                qk_eps=0.0,
+                qk_offset=0.0,
+                interleaved=False,
+                scale=_HEAD_DIM**-0.5,
             )
             x = compute.rms_norm(x, self.norm, _EPS, 0.0, True)
             logits.append(self._head(compute, x))
