@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(VENV)/bin/python -m pip
 EXTENSION := torch_slmops/_C.abi3.so
 CPP_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inl')
-PY_FILES := setup.py torch_slmops tests benchmarks examples
+PY_FILES := setup.py torch_slmops tests benchmarks examples tools
 SOURCES := $(filter csrc/%,$(CPP_FILES))
 
 .PHONY: help demo test lint format bench build cpptest emulate-avx2 test-transformers test-encoder test-serve ci-full clean

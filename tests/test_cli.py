@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import re
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -326,6 +328,34 @@ def test_an_interrupted_reply_is_forgotten(
     monkeypatch.setattr(replies, "reply", interrupted)
     first, third = chat_replies(cli, monkeypatch, llama, "w1\nw2\nw3\n")
     assert third["prompt_tokens"] == first["prompt_tokens"] + first["new_tokens"] + 4
+
+
+def test_serve_says_what_it_needs(
+    cli: CommandLine, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    absent = {"fastapi", "uvicorn"}
+    present = {"openai", "accelerate"}
+
+    def found(name: str) -> Any:
+        return None if name in absent else name if name in present else find(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+    code, _, err = cli.run("serve", llama)
+    assert code == FAILED
+    assert "serve needs fastapi, uvicorn: pip install" in err
+    absent.clear()
+    present |= {"fastapi", "uvicorn"}
+    code, _, err = cli.run("serve", "./absent", "--port", "1")
+    assert code == FAILED
+    assert "no such folder" in err
+    # What is left is transformers' own command line.
+    given: list[list[str]] = []
+    theirs = SimpleNamespace(main=lambda: given.append(sys.argv))
+    monkeypatch.setitem(sys.modules, "transformers.cli.transformers", theirs)
+    monkeypatch.setattr(sys, "argv", ["torch-slmops"])
+    assert cli.run("serve", llama, "--port", "8001")[0] == 0
+    assert given == [["transformers", "serve", str(llama), "--device", "cpu", "--port", "8001"]]
 
 
 def test_bench(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,20 @@ def test_passes_here(threads: None) -> None:
     assert sum(advanced) == selfcheck.steps(found.rows, found.threads)
     assert len(found.logits) == 1 + 3 * len(found.rows) * 2
     assert (torch_slmops.isa(), torch.get_num_threads()) == (before, 1)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_does_not_depend_on_how_torch_computes(capability: str) -> None:
+    """torch's own kernels, which make the definition's arithmetic, vary with the CPU."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch_slmops", "selfcheck", "--isa", "scalar", "--threads", "1"],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert f"logits  {expected.LOGITS} as published" in done.stdout
 
 
 def test_docs_publish_the_digests() -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "add_model_options",
     "load",
     "load_float",
+    "locate",
     "prepare_transformers",
     "require_transformers",
 ]
@@ -103,7 +104,7 @@ def load(args: argparse.Namespace, screen: Screen, *, wants_tokenizer: bool = Tr
     """
     from torch_slmops.modules import PackedModule
 
-    source = _locate(args.model)
+    source = locate(args.model)
     texts = _texts(args.calibration)
     prepare_transformers()
     start = time.perf_counter()
@@ -122,12 +123,13 @@ def load(args: argparse.Namespace, screen: Screen, *, wants_tokenizer: bool = Tr
 
 def load_float(name: str, dtype: str) -> Any:
     """Loads a model and leaves it as it is; the errors of `load`."""
-    source = _locate(name)
+    source = locate(name)
     prepare_transformers()
     return _guarded(source, lambda: _load_model(source, dtype)).eval()
 
 
-def _locate(name: str) -> Source:
+def locate(name: str) -> Source:
+    """Returns where a model lies; a UserError where there is none, unless it may be a hub id."""
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":

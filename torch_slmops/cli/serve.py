@@ -34,6 +34,8 @@ def _run(args: argparse.Namespace, screen: Screen) -> int:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"serve needs {', '.join(missing)}: pip install 'transformers[serving]'")
+    if models.locate(args.model).gguf is not None:
+        raise UserError(f"{args.model}: quantize it to a folder first, and serve that")
     from transformers.cli import transformers as command_line
 
     main: Any = command_line.main

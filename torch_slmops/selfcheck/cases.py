@@ -83,7 +83,7 @@ FORMATS = (
 
 
 def cases() -> Iterator[Case]:
-    """All cases, in a fixed order: the published digests depend on it."""
+    """All cases, in a fixed order: the published digests depend on it, and every op has some."""
     yield from _weights()
     yield from _linears()
     yield from _vectors()

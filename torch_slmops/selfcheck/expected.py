@@ -1,4 +1,4 @@
-"""The published digests: what every CPU must give."""
+"""The published digests: what every CPU must give. tools/publish_digests.py writes them."""
 
 from __future__ import annotations
 
