@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks import attention, fused, loading, model, norms, ops
-from benchmarks.shapes import MODELS
+from torch_slmops.bench.shapes import MODELS
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.shapes import ModelShape
+from torch_slmops.bench.shapes import ModelShape
 
 GENERATED = 32
 WAYS = ("copied", "mapped")
