@@ -9,6 +9,7 @@ from torch_slmops.attention import register_attention
 from torch_slmops.families import register_family
 from torch_slmops.isa import isa, isas, set_isa
 from torch_slmops.optimize import optimize
+from torch_slmops.processes import watch_forks
 from torch_slmops.report import report
 from torch_slmops.weights import QuantizedWeight, quantize_weight
 
@@ -27,3 +28,5 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+watch_forks()

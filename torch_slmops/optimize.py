@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch_slmops.calibrate import Unit, calibrate, make_batches
 from torch_slmops.fuse import Block, Left, Plan, Swap, build, find_blocks, possible_blocks, put
 from torch_slmops.modules import Embedding, Linear, PackedModule
+from torch_slmops.processes import uninterrupted
 from torch_slmops.survey import Patterns, Site, check_model, chooser, find_sites, weight_key
 from torch_slmops.weights import FLOAT_DTYPES, QuantizedWeight, quantize_weight, resolve_scales
 
@@ -84,8 +85,9 @@ def optimize(
     stay where they are and get a subclass of their class; projections that went into a fused weight
     remain as views of it.
 
-    All packed weights are built before the first module is replaced: an exception leaves the model
-    as it was, and the memory used at the peak is the model, its packed weights and one layer.
+    All packed weights are built before the first module is replaced: an exception (Ctrl-C, memory
+    that runs out) leaves the model as it was. At the peak memory holds the model, its packed
+    weights and one layer.
 
     Args:
         model: Any module in eval mode with its weights on the CPU, such as a transformers model.
@@ -155,9 +157,11 @@ def optimize(
     with torch.no_grad(), _bar(_count(todo), progress, "packing weights") as advance:
         replacements = _build(alone, formats, codes, advance)
         swaps = _build_blocks(plan.blocks, formats[False], codes, advance)
-    _swap(model, replacements, _remaining_ties(model, replacements), swaps)
-    if fuse:
-        _note_left(model, plan.left)
+    ties = _remaining_ties(model, replacements)
+    with uninterrupted():
+        _swap(model, replacements, ties, swaps)
+        if fuse:
+            _note_left(model, plan.left)
     _logger.info(
         "optimize: packed %d of %d layers, fused %d blocks", len(todo), len(sites), len(swaps)
     )
