@@ -13,6 +13,7 @@ from torch_slmops.families import register_family
 from torch_slmops.hf_register import register_when_imported
 from torch_slmops.isa import isa, isas, set_isa
 from torch_slmops.optimize import optimize
+from torch_slmops.processes import watch_forks
 from torch_slmops.recipe import SavedModelError
 from torch_slmops.report import report
 from torch_slmops.save_load import load, save
@@ -43,6 +44,8 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+watch_forks()
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ from torch_slmops.calibrate import Unit, calibrate, make_batches
 from torch_slmops.fuse import Block, Left, Plan, Swap, build, find_blocks, possible_blocks, put
 from torch_slmops.modules import Embedding, Linear, PackedModule
 from torch_slmops.notes import note_left, note_options
+from torch_slmops.processes import uninterrupted
 from torch_slmops.stack import link_runs
 from torch_slmops.survey import Patterns, Site, check_model, chooser, find_sites, weight_key
 from torch_slmops.weights import FLOAT_DTYPES, QuantizedWeight, quantize_weight, resolve_scales
@@ -90,8 +91,9 @@ def optimize(
     stay where they are and get a subclass of their class; projections that went into a fused weight
     remain as views of it.
 
-    All packed weights are built before the first module is replaced: an exception leaves the model
-    as it was, and the memory used at the peak is the model, its packed weights and one layer.
+    All packed weights are built before the first module is replaced: an exception (Ctrl-C, memory
+    that runs out) leaves the model as it was. At the peak memory holds the model, its packed
+    weights and one layer.
 
     Args:
         model: Any module in eval mode with its weights on the CPU, such as a transformers model.
@@ -234,7 +236,9 @@ def carry_out(
     with torch.no_grad():
         replacements = _build(work.alone, work.formats, codes, advance)
         swaps = _build_blocks(work.blocks, work.formats[False], codes, advance)
-    swap(model, replacements, remaining_ties(model, replacements), swaps)
+    ties = remaining_ties(model, replacements)
+    with uninterrupted():
+        swap(model, replacements, ties, swaps)
     memory.give_back()
     return replacements
 

@@ -85,6 +85,10 @@ STABLE_TORCH_LIBRARY_IMPL(slmops, CompositeExplicitAutograd, m) {
 
 }  // namespace slmops
 
+// Nothing but Python calls PyInit__C; a program without Python, where this does not exist, loads
+// the library for its ops.
+#pragma weak PyModule_Create2
+
 namespace {
 PyModuleDef definition = {.m_base = PyModuleDef_HEAD_INIT,
                           .m_name = "_C",
