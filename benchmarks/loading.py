@@ -27,10 +27,10 @@ WAYS = ("copied", "mapped")
 
 def prepare(shape: ModelShape, folder: Path) -> None:
     """Writes the float model and, from it, the packed one, unless they are there."""
-    from benchmarks.model import random_llama
+    from torch_slmops.bench.model import random_model
 
     if not (folder / "float" / "config.json").exists():
-        random_llama(shape).save_pretrained(folder / "float")
+        random_model(shape).save_pretrained(folder / "float")
     if not (folder / "packed" / "config.json").exists():
         record = measure(folder, "quantized")
         print(json.dumps({"model": shape.name, **record}))

@@ -9,16 +9,22 @@ import torch
 
 from torch_slmops.bench.shapes import ModelShape
 
-__all__ = ["GENERATED", "PROMPT", "measure", "random_llama"]
+__all__ = ["GENERATED", "PROMPT", "measure", "random_model"]
 
 PROMPT, GENERATED = 512, 32
 
 
-def random_llama(shape: ModelShape) -> Any:
-    """A bf16 Llama of `shape` with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def random_model(shape: ModelShape, positions: int = 16384) -> Any:
+    """A bf16 model of `shape`, of its class in transformers, with random weights.
 
-    config = LlamaConfig(
+    Args:
+        shape: Its dimensions.
+        positions: `max_position_embeddings`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        shape.model_type,
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
@@ -26,17 +32,16 @@ def random_llama(shape: ModelShape) -> Any:
         head_dim=shape.head_dim,
         intermediate_size=shape.intermediate,
         vocab_size=shape.vocab,
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=positions,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        **shape.options,
     )
     torch.manual_seed(0)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model: Any = LlamaForCausalLM(config)
-        return model.eval()
-    finally:
-        torch.set_default_dtype(previous)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model.eval()
 
 
 @torch.inference_mode()

@@ -158,7 +158,7 @@ def _shape_table(shape: LinearShape, cells: list[dict[str, Any]]) -> Any:
 def _model(args: argparse.Namespace, screen: Screen) -> list[dict[str, Any]]:
     import torch
 
-    from torch_slmops.bench.model import PROMPT, measure, random_llama
+    from torch_slmops.bench.model import PROMPT, measure, random_model
     from torch_slmops.cli.models import prepare_transformers
     from torch_slmops.optimize import optimize
     from torch_slmops.report import report
@@ -168,7 +168,7 @@ def _model(args: argparse.Namespace, screen: Screen) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     with screen.progress(len(_VARIANTS), shape.name) as advance:
         for name, options in _VARIANTS.items():
-            model = random_llama(shape)
+            model = random_model(shape)
             if options is not None:
                 optimize(model, progress=False, **options)
             prompt = torch.randint(3, shape.vocab, (1, PROMPT))
