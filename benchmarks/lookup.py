@@ -26,7 +26,7 @@ from torch_slmops import memory
 from torch_slmops.bench.model import random_model
 from torch_slmops.bench.shapes import ModelShape
 
-EDIT, TEXT, NEW, ROUNDS = 12, 256, 96, 5
+EDIT, TEXT, NEW, ROUNDS = 12, 256, 96, 3
 PROPOSED = (0, 3, 7, 10, 15)
 
 

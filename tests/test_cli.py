@@ -374,3 +374,20 @@ def test_bench(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = cli.run("bench", "model", *options)
     assert code == 0
     assert "tiny, random weights" in out and "memory reads" not in out
+
+
+def test_bench_of_engines(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[object], int]] = []
+
+    def run(shapes: list[object], output: Path, **options: Any) -> list[dict[str, object]]:
+        asked.append((shapes, options["threads"]))
+        options["show"]("[bold]a table[/]")
+        return [{"engine": "x"}]
+
+    monkeypatch.setitem(sys.modules, "benchmarks.engines", SimpleNamespace(run=run))
+    monkeypatch.setattr(bench, "MODELS", SMALL_MODELS)
+    assert cli.json("bench", "engines", "--model", "tiny")["engines"] == [{"engine": "x"}]
+    assert asked == [([SMALL_MODELS["tiny"]], torch.get_num_threads())]
+    monkeypatch.setattr(bench, "_ENGINES", "benchmarks.absent")
+    code, _, err = cli.run("bench", "engines", "--model", "tiny")
+    assert code == FAILED and "part of the repository" in err

@@ -17,7 +17,7 @@ from benchmarks.engines.results import rates, ratios, tables
 from benchmarks.engines.worker import tokens
 from torch_slmops.bench.shapes import ModelShape
 
-TINY = ModelShape("tiny", 64, 2, 4, 2, 16, 128, 1200, "qwen2")
+TINY = ModelShape("tiny", 64, 2, 4, 2, 16, 128, 1200, "qwen2", tied=False)
 CASES = (engines.Case(16, 0), engines.Case(8, 3), engines.Case(8, 3, batch=2))
 
 
@@ -46,11 +46,11 @@ def test_engines_in_turns(tmp_path: Path) -> None:
 
 
 def _other_weights(folder: Path, python: Path) -> None:
-    """A model like that of `folder`, whose embedding has its rows in another order."""
+    """A model like that of `folder`, whose head has its rows in another order."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder / "float")
-    model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.flip(0)
+    model.lm_head.weight.data = model.lm_head.weight.flip(0)
     model.save_pretrained(folder / "wrong")
 
 
@@ -91,3 +91,21 @@ def test_registry_names_scripts_that_are_there() -> None:
 def test_prompts_are_the_same_for_all() -> None:
     assert tokens(3, 2, 5, 100) == tokens(3, 2, 5, 100) != tokens(4, 2, 5, 100)
     assert {len(prompt) for prompt in tokens(3, 2, 5, 100)} == {5}
+
+
+def test_plots_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    lines = []
+    for number in (1, 2):
+        for engine, seconds in (("slmops int4", 1.0), ("x", 2.0 * number)):
+            line = {"engine": engine, "model": "smollm2-135m", "round": number, "others": 0.0}
+            line |= {"limits": {"bandwidth": 3e10, "int8_peak": 9e11}, "batch": 1}
+            lines += [line | {"context": 512, "new": 0, "first_s": seconds, "rest_s": 0.0}]
+            lines += [line | {"context": 8, "new": 64, "first_s": 0.1, "rest_s": seconds}]
+    results = tmp_path / "results.jsonl"
+    results.write_text("\n".join(json.dumps(line) for line in [*lines, {"op": "linear"}]))
+    files = plots.draw(results, tmp_path / "images")
+    assert [file.name for file in files] == ["engines.png", "roofline-smollm2-135m.png"]
+    assert all(1000 < file.stat().st_size < 200_000 for file in files)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def run(
     rounds: int = 3,
     threads: int = 2,
     build: Path = Path("build"),
+    show: Callable[..., object] | None = None,
 ) -> list[dict[str, Any]]:
     """Prints tables for each model; appends JSON lines to `output`.
 
@@ -60,25 +61,26 @@ def run(
         rounds: How often.
         threads: Of every engine.
         build: Folder with the environments of engines, and models, which are written if missing.
+        show: Prints text and rich's tables; None prints to stdout.
 
     Returns:
         The records of all measurements.
     """
-    console, everything = Console(width=110), []
+    show, everything = show or Console(width=110).print, []
     for shape in shapes:
         chosen = [BY_NAME[name] for name in engines]
         with Session(shape, chosen, build, threads) as session:
             if session.missing:
-                console.print(f"not set up: {', '.join(session.missing)}")
+                show(f"not set up: {', '.join(session.missing)}")
             session.prepare()
             session.load()
             session.warm(cases)
             records = [r for i in range(1, rounds + 1) for r in session.round(cases, i)]
             loads = [{"model": shape.name, "load": True, **load} for load in session.loads]
             for name, why in session.wrong.items():
-                console.print(f"{name} not timed: {why}")
+                show(f"{name} not timed: {why}")
         write([*loads, *records], output)
         for table in tables(records, session.loads):
-            console.print(table)
+            show(table)
         everything += records
     return everything

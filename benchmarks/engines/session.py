@@ -211,7 +211,8 @@ class Session:
                 try:
                     record = self.time(engine.name, case, number)
                     if record["others"] > MOST_OTHERS:
-                        limits, record = self.probe(), self.time(engine.name, case, number)
+                        # Not the same prompt again: some engines keep what they have read.
+                        limits, record = self.probe(), self.time(engine.name, case, -number)
                 except EngineError as error:
                     print(error, file=sys.stderr)
                     self._drop(engine, str(error))

@@ -5,9 +5,11 @@ An engine's script runs in the environment of its engine, so this file needs not
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -68,8 +70,16 @@ def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def end_with_parent() -> None:
+    """Has this process killed when its parent ends: a stopped one would not see that."""
+    if sys.platform == "linux":
+        parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+
+
 def serve(engine: Engine) -> None:
     """Answers requests until there are no more; what libraries print goes to stderr."""
+    end_with_parent()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

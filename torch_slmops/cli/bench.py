@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch_slmops.bench.shapes import LINEARS, MODELS, ROWS
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["add"]
 
 _PARTS = ("machine", "ops", "model")
+# The repository's comparison of engines, whose results go where `python -m benchmarks` has them.
+_ENGINES, _RESULTS = "benchmarks.engines", "build/benchmarks.jsonl"
 # Copies of each weight: more than caches hold, and not more than small machines have.
 _COPIES_BYTES = 192 << 20
 _VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -34,7 +38,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         description="Times on this machine as it is now: close what else computes. The "
         "repository's benchmarks (python -m benchmarks) measure more and need a compiler.",
     )
-    parser.add_argument("part", nargs="?", choices=(*_PARTS, "all"), default="all")
+    parser.add_argument("part", nargs="?", choices=(*_PARTS, "engines", "all"), default="all")
     parser.add_argument("--model", choices=sorted(MODELS), default="smollm2-135m")
     parser.add_argument(
         "--rows", type=int, nargs="+", metavar="M", default=list(ROWS), help="of the ops: tokens"
@@ -59,7 +63,7 @@ def _run(args: argparse.Namespace, screen: Screen) -> int:
     if os.getloadavg()[0] > 0.3 * (os.cpu_count() or 1):
         screen.note("the machine is busy with other work: times will be too long")
     for part in parts:
-        found[part] = {"machine": _machine, "ops": _ops, "model": _model}[part](args, screen)
+        found[part] = _RUN[part](args, screen)
     screen.result(found)
     return OK
 
@@ -199,3 +203,24 @@ def _model(args: argparse.Namespace, screen: Screen) -> list[dict[str, Any]]:
     columns = ("weights", "MB", "prompt tokens/s", "tokens/s", "x bfloat16")
     screen.show(make_table(title, columns, rows))
     return found
+
+
+def _engines(args: argparse.Namespace, screen: Screen) -> list[dict[str, Any]]:
+    import torch
+
+    try:
+        engines = importlib.import_module(_ENGINES)
+    except ImportError as error:
+        raise UserError(
+            f"bench engines is part of the repository: run python -m torch_slmops there ({error})"
+        ) from error
+    found: list[dict[str, Any]] = engines.run(
+        [MODELS[args.model]],
+        Path(_RESULTS),
+        threads=torch.get_num_threads(),
+        show=screen.show,
+    )
+    return found
+
+
+_RUN = {"machine": _machine, "ops": _ops, "model": _model, "engines": _engines}
