@@ -117,8 +117,8 @@ test-encoder: build $(VENV)/.stamp-dev
 
 # psutil is accelerate's; torch, which it asks for too, is here.
 test-serve: build $(VENV)/.stamp-dev
-	$(PIP) install -q --no-deps --upgrade --target build/serve accelerate psutil
-	$(PIP) install -q --upgrade --target build/serve-http fastapi openai uvicorn
+	$(PIP) install -q --no-deps --upgrade --target build/serve accelerate==1.15.0 psutil==7.2.2
+	$(PIP) install -q --upgrade --target build/serve-http fastapi==0.165.0 openai==3.57.0 uvicorn==0.54.0
 	PYTHONPATH=build/serve:build/serve-http $(VENV)/bin/python -m pytest tests/test_serve.py
 
 # Calls of generate, with lengths drawn at random, whose memory must not grow: about 20 minutes.
