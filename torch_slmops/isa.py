@@ -7,6 +7,8 @@ of the process, `set_isa` at any time.
 
 from __future__ import annotations
 
+import platform
+
 import torch
 
 try:
@@ -17,7 +19,19 @@ except ImportError as error:
         "`make build` compiles it; otherwise reinstall torch_slmops."
     ) from error
 
-__all__ = ["features", "isa", "isas", "set_isa"]
+__all__ = ["HOW_TESTED", "describe", "features", "isa", "isas", "set_isa"]
+
+#: How each row's kernels have been run and compared with the scalar row, bit for bit.
+HOW_TESTED = {
+    "amx": "emulated instructions; emulated CPU (Bochs), without negative codes; no hardware",
+    "avx512_vnni": "hardware (Zen 4)",
+    "avx_vnni": "emulated CPU (Bochs) and, with its dots re-encoded, hardware (Zen 4)",
+    "avx2": "hardware",
+    "scalar": "hardware",
+}
+
+# What the least of the vector rows asks for.
+_LEAST = {"x86_64": ("avx2", "fma3", "f16c"), "AMD64": ("avx2", "fma3", "f16c")}
 
 
 def _names(joined: str) -> list[str]:
@@ -56,12 +70,38 @@ def features() -> list[str]:
     return _names(torch.ops.slmops._isa_features(False))
 
 
-def _use_cpuinfo() -> None:
-    """Hands cpuinfo's features to C++; where torch has no such API (2.10), C++ asks the system."""
+def _describe(row: str, runnable: list[str], offered: list[str], cpu: list[str]) -> str:
+    """`describe` of any machine; `cpu` are the features before the kernel was asked."""
+    if runnable == ["scalar"]:
+        missing = [name for name in _LEAST.get(platform.machine(), ()) if name not in offered]
+        lacks = f" lacks {', '.join(missing)} and" if missing else ""
+        text = f"This CPU{lacks} runs no vector row: scalar is used, which is correct but slow."
+    elif row == runnable[0]:
+        text = f"Row {row}, the best that this CPU runs."
+    else:
+        text = f"Row {row}, as asked for; the best that this CPU runs is {runnable[0]}."
+    if {"amx_tile", "amx_int8"} <= set(cpu) - set(offered):
+        text += " It has AMX, but the operating system does not let this process use it."
+    return text + f" Tested on: {HOW_TESTED.get(row, 'see the documentation')}."
+
+
+def describe() -> str:
+    """Returns in a few sentences which row is used, why, and how it was tested."""
+    return _describe(isa(), isas(), features(), _cpuinfo())
+
+
+def _cpuinfo() -> list[str]:
+    """The CPU's features as torch reports them; none where torch has no such API (2.10)."""
     get_capabilities = getattr(torch.cpu, "get_capabilities", None)
-    if get_capabilities is not None:
-        found = get_capabilities()
-        torch.ops.slmops._set_features(", ".join(name for name in found if found[name] is True))
+    found = {} if get_capabilities is None else get_capabilities()
+    return [name for name in found if found[name] is True]
+
+
+def _use_cpuinfo() -> None:
+    """Hands cpuinfo's features to C++; where torch has none to report, C++ asks the system."""
+    found = _cpuinfo()
+    if found:
+        torch.ops.slmops._set_features(", ".join(found))
 
 
 _use_cpuinfo()
