@@ -147,17 +147,17 @@ def test_description_names_the_row_and_how_it_was_tested() -> None:
     assert set(torch.ops.slmops._isa_rows().split(", ")) <= set(HOW_TESTED)
 
 
-@x86_only
 def test_description_of_a_cpu_without_avx2() -> None:
-    text = _describe("scalar", ["scalar"], ["f16c"], ["f16c", "avx"])
+    missing = {"avx512_vnni": AVX512_VNNI, "avx2": ["avx2", "fma3"], "scalar": []}
+    text = _describe("scalar", missing, ["f16c", "avx"])
     assert text.startswith("This CPU lacks avx2, fma3 and runs no vector row: scalar is used")
 
 
 def test_description_of_tiles_that_the_kernel_forbids() -> None:
-    rows = ["avx512_vnni", "avx2", "scalar"]
-    text = _describe("avx512_vnni", rows, AVX512_VNNI, AMX)
+    missing = {"amx": ["amx_tile", "amx_int8"], "avx512_vnni": [], "avx2": [], "scalar": []}
+    text = _describe("avx512_vnni", missing, AMX)
     assert "It has AMX, but the operating system does not let" in text
-    assert "AMX" not in _describe("avx512_vnni", rows, AVX512_VNNI, AVX512_VNNI)
+    assert "AMX" not in _describe("avx512_vnni", missing, AVX512_VNNI)
 
 
 def in_new_process(isa_variable: str | None) -> subprocess.CompletedProcess[str]:

@@ -7,8 +7,6 @@ of the process, `set_isa` at any time.
 
 from __future__ import annotations
 
-import platform
-
 import torch
 
 try:
@@ -19,7 +17,7 @@ except ImportError as error:
         "`make build` compiles it; otherwise reinstall torch_slmops."
     ) from error
 
-__all__ = ["HOW_TESTED", "describe", "features", "isa", "isas", "set_isa"]
+__all__ = ["HOW_TESTED", "describe", "features", "isa", "isas", "missing_features", "set_isa"]
 
 #: How each row's kernels have been run and compared with the scalar row, bit for bit.
 HOW_TESTED = {
@@ -29,9 +27,6 @@ HOW_TESTED = {
     "avx2": "hardware",
     "scalar": "hardware",
 }
-
-# What the least of the vector rows asks for.
-_LEAST = {"x86_64": ("avx2", "fma3", "f16c"), "AMD64": ("avx2", "fma3", "f16c")}
 
 
 def _names(joined: str) -> list[str]:
@@ -70,24 +65,36 @@ def features() -> list[str]:
     return _names(torch.ops.slmops._isa_features(False))
 
 
-def _describe(row: str, runnable: list[str], offered: list[str], cpu: list[str]) -> str:
-    """`describe` of any machine; `cpu` are the features before the kernel was asked."""
+def missing_features() -> dict[str, list[str]]:
+    """Returns the rows of this build, best first, each with the features that this CPU lacks."""
+    offered = set(features())
+    needed = {row: _names(torch.ops.slmops._isa_requires(row)) for row in _rows()}
+    return {row: [name for name in names if name not in offered] for row, names in needed.items()}
+
+
+def _rows() -> list[str]:
+    return _names(torch.ops.slmops._isa_rows())
+
+
+def _describe(row: str, missing: dict[str, list[str]], cpu: list[str]) -> str:
+    """`describe` of any machine; `cpu` are its features before the kernel was asked."""
+    runnable = [name for name in missing if not missing[name]]
     if runnable == ["scalar"]:
-        missing = [name for name in _LEAST.get(platform.machine(), ()) if name not in offered]
-        lacks = f" lacks {', '.join(missing)} and" if missing else ""
+        least = list(missing.values())[-2:][0]
+        lacks = f" lacks {', '.join(least)} and" if least else ""
         text = f"This CPU{lacks} runs no vector row: scalar is used, which is correct but slow."
     elif row == runnable[0]:
         text = f"Row {row}, the best that this CPU runs."
     else:
         text = f"Row {row}, as asked for; the best that this CPU runs is {runnable[0]}."
-    if {"amx_tile", "amx_int8"} <= set(cpu) - set(offered):
+    if {"amx_tile", "amx_int8"} & set(cpu) & set(missing.get("amx", ())):
         text += " It has AMX, but the operating system does not let this process use it."
     return text + f" Tested on: {HOW_TESTED.get(row, 'see the documentation')}."
 
 
 def describe() -> str:
     """Returns in a few sentences which row is used, why, and how it was tested."""
-    return _describe(isa(), isas(), features(), _cpuinfo())
+    return _describe(isa(), missing_features(), _cpuinfo())
 
 
 def _cpuinfo() -> list[str]:
