@@ -25,7 +25,7 @@ CPP_FILES := $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name 
 PY_FILES := setup.py torch_slmops tests benchmarks examples tools
 SOURCES := $(filter csrc/%,$(CPP_FILES))
 
-.PHONY: help demo test lint format bench aoti build cpptest emulate-avx2 test-transformers test-encoder test-serve soak ci-full clean
+.PHONY: help demo test lint format bench aoti build cpptest emulate-avx2 emulate-bochs test-transformers test-encoder test-serve soak ci-full clean
 help:
 	@echo "make demo          set up, build, run examples/quickstart.py"
 	@echo "make test          set up, build, run the test suite"
@@ -36,6 +36,7 @@ help:
 	@echo "make build         set up, build the extension in place"
 	@echo "make cpptest       the C++ tests under AddressSanitizer and UBSan"
 	@echo "make emulate-avx2  a selection of the tests on an emulated CPU with AVX2 and no more"
+	@echo "make emulate-bochs the rows avx_vnni and amx on emulated CPUs that have them"
 	@echo "make test-transformers  the tests of model families with several versions of transformers"
 	@echo "make test-encoder  optimized sentence embeddings of a trained encoder against float32 ones"
 	@echo "make test-serve    a packed model behind transformers serve, asked by OpenAI's client"
@@ -101,6 +102,9 @@ cpptest:
 emulate-avx2: build $(VENV)/.stamp-dev
 	tools/emulate_avx2.sh $(VENV)/bin/python
 
+emulate-bochs: build
+	tools/bochs/run.sh
+
 TRANSFORMERS := 5.21 5.22 5.23 5.24
 test-transformers: build $(VENV)/.stamp-dev
 	for version in $(TRANSFORMERS); do \
@@ -125,7 +129,7 @@ test-serve: build $(VENV)/.stamp-dev
 soak: build $(VENV)/.stamp-dev
 	SLMOPS_SOAK_CALLS=10000 $(VENV)/bin/python -m pytest tests/test_soak.py
 
-ci-full: emulate-avx2 test-transformers test-encoder test-serve
+ci-full: emulate-avx2 emulate-bochs test-transformers test-encoder test-serve
 	tests/cpp/run.sh full
 	$(VENV)/bin/python -m pytest -m full
 
