@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch_slmops.calibrate import Unit, calibrate, make_batches
 from torch_slmops.fuse import Block, Left, Plan, Swap, build, find_blocks, possible_blocks, put
 from torch_slmops.modules import Embedding, Linear, PackedModule
+from torch_slmops.progress import bar
 from torch_slmops.survey import Patterns, Site, check_model, chooser, find_sites, weight_key
 from torch_slmops.weights import FLOAT_DTYPES, QuantizedWeight, quantize_weight, resolve_scales
 
@@ -23,7 +24,6 @@ __all__ = ["optimize"]
 Model = TypeVar("Model", bound=nn.Module)
 
 _BITS = {"int4": 4, "int8": 8}
-_BAR_DELAY_S = 1.0
 _logger = logging.getLogger("torch_slmops")
 
 
@@ -150,9 +150,9 @@ def optimize(
     if batches is not None:
         units = _units(alone, plan.blocks, formats)
         total = sum(unit.size for unit in units)
-        with _bar(total, progress, "calibrating") as advance:
+        with bar(total, progress, "calibrating") as advance:
             codes.packed = calibrate(model, units, batches, advance)
-    with torch.no_grad(), _bar(_count(todo), progress, "packing weights") as advance:
+    with torch.no_grad(), bar(_count(todo), progress, "packing weights") as advance:
         replacements = _build(alone, formats, codes, advance)
         swaps = _build_blocks(plan.blocks, formats[False], codes, advance)
     _swap(model, replacements, _remaining_ties(model, replacements), swaps)
@@ -324,18 +324,6 @@ def _replacement(module: nn.Module, packed: Tensor, dtype: torch.dtype) -> Packe
         return Embedding.from_packed(packed, module.padding_idx, dtype)
     assert isinstance(module, nn.Linear)
     return Linear.from_packed(packed, module._parameters["bias"], dtype)
-
-
-@contextmanager
-def _bar(total: int, progress: bool, title: str) -> Iterator[Any]:
-    """A function that advances a progress bar over `total` weights."""
-    if not progress:
-        yield lambda count: None
-        return
-    from tqdm import tqdm  # type: ignore[import-untyped]  # here, so that importing us is quick
-
-    with tqdm(total=total, desc=title, unit="", unit_scale=True, delay=_BAR_DELAY_S) as bar:
-        yield bar.update
 
 
 def _remaining_ties(
