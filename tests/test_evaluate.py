@@ -263,6 +263,6 @@ def test_wrong_models() -> None:
     with pytest.raises(ValueError, match="vocabularies"):
         evaluate(Table(torch.zeros(9, 9)), Table(torch.zeros(9, 8)), texts=ids % 8)
     with pytest.raises(TypeError, match="causal language model"):
-        logits_of(small("bert"), ids)
+        logits_of(model.model, ids)
     with pytest.raises(ValueError, match="worst"):
         evaluate(model, texts=ids, worst=-1)
