@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_slmops import budget
+from torch_slmops.activation_check import Layers, suited_formats
 from torch_slmops.calibrate import Unit, calibrate, make_batches
 from torch_slmops.formats import Format as _Format
 from torch_slmops.fuse import Block, Left, Plan, Swap, build, find_blocks, possible_blocks, put
@@ -29,7 +30,7 @@ __all__ = ["optimize"]
 Model = TypeVar("Model", bound=nn.Module)
 
 _BITS = {"int4": 4, "int8": 8}
-_UNNAMED = ("int4", None, None, True, "int8", None)  # the defaults of the arguments of a format
+_UNNAMED = ("int4", None, None, True, None, None)  # the defaults of the arguments of a format
 _logger = logging.getLogger("torch_slmops")
 
 
@@ -40,7 +41,7 @@ def optimize(
     scale_kind: Literal["sub16", "group"] | None = None,
     group_size: int | None = None,
     symmetric: bool = True,
-    activations: Literal["int8", "float"] = "int8",
+    activations: Literal["int8", "float"] | None = None,
     act_group: int | None = None,
     lm_head: Literal["int4", "int8"] | None = "int8",
     include: Patterns | None = None,
@@ -77,7 +78,10 @@ def optimize(
         group_size: Likewise.
         symmetric: Likewise.
         activations: "int8" rounds activations to int8 per `act_group`, "float" takes them as they
-            are (weight-only quantization; slower for many tokens).
+            are (weight-only quantization; slower for many tokens). By default int8, except for
+            layers whose inputs have outliers that take the resolution of their group, as a forward
+            of 48 random tokens shows (of the first calibration batch, if there is one): these get
+            groups of 32 inputs if that helps, else float activations.
         act_group: Inputs that share an activation scale, 32, 64, 128 or -1 (all); by default
             whatever suits the layer, see `QuantizedWeight.pack`.
         lm_head: The codes of the embeddings and of the output layer (the model's
@@ -156,7 +160,10 @@ def optimize(
             model, pieces, max_kl, texts, tokenizer, batches, measurements, progress
         )
         codes.formats, codes.packed = found.formats, found.packed
-    elif batches is not None:
+    elif activations is None and act_group is None:
+        example = None if batches is None else batches[0]
+        codes.formats = suited_formats(model, _layers(alone, plan.blocks, formats), example)
+    if max_kl is None and batches is not None:
         units = _units(alone, plan.blocks, formats)
         total = sum(unit.size for unit in units)
         with bar(total, progress, "calibrating") as advance:
@@ -190,7 +197,7 @@ def _formats(
     scale_kind: str | None,
     group_size: int | None,
     symmetric: bool,
-    activations: str,
+    activations: str | None,
     act_group: int | None,
     lm_head: str | None,
 ) -> dict[bool, _Format | None]:
@@ -199,6 +206,7 @@ def _formats(
         raise ValueError(f'optimize: expected weights "int4" or "int8", got {weights!r}')
     if lm_head is not None and lm_head not in _BITS:
         raise ValueError(f'optimize: expected lm_head "int4", "int8" or None, got {lm_head!r}')
+    activations = activations or "int8"
     if activations not in ("int8", "float"):
         raise ValueError(f'optimize: expected activations "int8" or "float", got {activations!r}')
     if act_group not in (None, 32, 64, 128, -1):
@@ -277,6 +285,25 @@ def _units(
             layers = tuple(site.module for site in block.sites)
             units.append(Unit(block.sites[0].name, layers, (), how.quantize, how.pack))
     return [unit for unit in units if unit.watched()]
+
+
+def _layers(
+    alone: list[Site], blocks: list[Block], formats: dict[bool, _Format | None]
+) -> list[Layers]:
+    """What goes into one weight, for a look at its inputs."""
+    found = []
+    for sites in _by_weight(alone):
+        how = formats[sites[0].is_head]
+        linear = [site.module for site in sites if isinstance(site.module, nn.Linear)]
+        assert how is not None
+        found.append(Layers(sites[0].module, tuple(linear[:1]), how))
+    for block in blocks:
+        how = formats[False]
+        assert how is not None
+        if block.sites:
+            modules = tuple(site.module for site in block.sites)
+            found.append(Layers(modules[0], modules, how))
+    return found
 
 
 @dataclass
