@@ -31,7 +31,7 @@ from torch_slmops.formats import CANDIDATES, Candidate, Format
 from torch_slmops.fuse import Block, build, put
 from torch_slmops.measurements import Measurements, fingerprint
 from torch_slmops.modules import Embedding, Linear, PackedModule
-from torch_slmops.progress import bar
+from torch_slmops.progress import progress_bar
 from torch_slmops.survey import Site
 from torch_slmops.trial import Forwards, Trials, divergence, replaced
 from torch_slmops.weights import QuantizedWeight
@@ -162,7 +162,7 @@ def choose(
             maker.calibrate(model, pieces, batches, progress)
         store = Measurements(measurements, fingerprint(model, pieces, probe, batches))
         options = _measure(model, pieces, probe, maker, store, progress)
-        with bar(0, progress, "verifying") as advance:
+        with progress_bar(0, progress, "verifying") as advance:
             search = _Search(model, pieces, options, maker, _Reference(model, windows), advance)
             return search.run(max_kl)
 
@@ -215,7 +215,7 @@ class _Maker:
             for codes, how in kinds.items()
         ]
         units = [unit for unit in units if unit.watched()]
-        with bar(sum(unit.size for unit in units), progress, "calibrating") as advance:
+        with progress_bar(sum(unit.size for unit in units), progress, "calibrating") as advance:
             calibrate(model, units, batches, advance)
 
     def _store(self, first: nn.Module, codes: object, quantized: QuantizedWeight) -> Tensor:
@@ -298,7 +298,7 @@ def _measure(
     batches = [torch.stack([probe[i].ids for i in some]) for some in batched(probe, model)]
     trials: Trials | None = None
     options = []
-    with bar(len(pieces) * len(CANDIDATES), progress, "measuring layers") as advance:
+    with progress_bar(len(pieces) * len(CANDIDATES), progress, "measuring layers") as advance:
         for piece in pieces:
             row = []
             for candidate in CANDIDATES:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch_slmops.compare import Estimate, Tokens, compare, cross_entropy, mean_of_chunks
 from torch_slmops.layer_noise import LayerNoise, Noise
 from torch_slmops.modules import PackedModule
-from torch_slmops.progress import bar
+from torch_slmops.progress import progress_bar
 from torch_slmops.survey import find_sites
 from torch_slmops.windows import Texts, Window, batched, logits_of, make_windows
 
@@ -208,7 +208,7 @@ def evaluate(
     noise = Noise(model, reference) if layers and reference is not None else None
     found = _Collected(windows, worst)
     total = sum(len(w.ids) for w in windows)
-    with torch.no_grad(), bar(total, progress, "evaluating") as advance:
+    with torch.no_grad(), progress_bar(total, progress, "evaluating") as advance:
         seen = 0
         for members in batched(windows, model):
             ids = torch.stack([windows[i].ids for i in members])

@@ -14,6 +14,7 @@ from torch_slmops.fuse import looks_like_a_block
 from torch_slmops.fused import Fused, FusedAttention
 from torch_slmops.isa import isa
 from torch_slmops.modules import Embedding, PackedModule
+from torch_slmops.notes import budget_of
 from torch_slmops.packed_rows import Rows
 from torch_slmops.survey import Site, find_sites
 
@@ -196,7 +197,7 @@ def report(model: nn.Module) -> Report:
         bytes_after + saved,
         bytes_after,
         tuple(others.items()),
-        vars(model).get("_slmops_budget"),
+        budget_of(model),
     )
 
 
