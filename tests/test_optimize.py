@@ -13,7 +13,8 @@ from bits import assert_same_bits
 from torch import Tensor, nn
 
 import torch_slmops
-from torch_slmops import formats, ops, optimize, report
+from torch_slmops import formats as formats_module
+from torch_slmops import ops, optimize, report
 from torch_slmops.modules import Embedding, Linear, PackedModule
 
 
@@ -331,7 +332,7 @@ def test_holds_the_codes_of_one_layer_at_a_time(
         made.append(weakref.ref(quantized.codes))
         return quantized
 
-    monkeypatch.setattr(formats, "quantize_weight", counting)
+    monkeypatch.setattr(formats_module, "quantize_weight", counting)
     optimize(tied(), calibration=calibration)
     assert len(made) == 3
 

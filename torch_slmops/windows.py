@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -111,7 +112,10 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     Raises:
         TypeError: The model gives none.
     """
-    output = model(input_ids=ids) if hasattr(model, "config") else model(ids)
+    options: dict[str, Any] = {}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        options["use_cache"] = False
+    output = model(input_ids=ids, **options) if hasattr(model, "config") else model(ids)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape or logits.dim() != 3:
         raise TypeError(
