@@ -7,25 +7,19 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from torch_slmops.calibrate import Batch
 from torch_slmops.formats import CANDIDATES
+from torch_slmops.pieces import Piece
 from torch_slmops.windows import Window
 
 __all__ = ["Measurements", "fingerprint"]
 
 Row = tuple[str, int, float]
 _SAMPLE = 4096  # values of a weight that tell whether it is the same
-
-
-class _Piece(Protocol):
-    @property
-    def name(self) -> str: ...
-
-    def weights(self) -> list[Tensor]: ...
 
 
 class Measurements:
@@ -74,7 +68,7 @@ class Measurements:
 
 def fingerprint(
     model: nn.Module,
-    pieces: Sequence[_Piece],
+    pieces: Sequence[Piece],
     probe: Sequence[Window],
     batches: Sequence[Batch] | None,
 ) -> str:

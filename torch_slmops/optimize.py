@@ -22,6 +22,7 @@ from torch_slmops.formats import Format as _Format
 from torch_slmops.fuse import Block, Left, Plan, Swap, build, find_blocks, possible_blocks, put
 from torch_slmops.modules import Embedding, Linear, PackedModule
 from torch_slmops.notes import note_budget, note_left, note_options
+from torch_slmops.pieces import pieces_of
 from torch_slmops.processes import uninterrupted
 from torch_slmops.progress import progress_bar
 from torch_slmops.stack import link_runs
@@ -148,7 +149,7 @@ def optimize(
     codes = Codes()
     found = None
     if max_kl is not None:
-        pieces = budget.pieces_of(_by_weight(work.alone), work.blocks)
+        pieces = pieces_of(_by_weight(work.alone), work.blocks)
         found = budget.choose(
             model, pieces, max_kl, texts, tokenizer, batches, measurements, progress
         )
