@@ -6,6 +6,7 @@ model families; the same bits come out on every CPU. docs/ has the arithmetic an
 
 from torch_slmops import ops
 from torch_slmops.attention import register_attention
+from torch_slmops.checkpoints import from_checkpoint
 from torch_slmops.families import register_family
 from torch_slmops.isa import isa, isas, set_isa
 from torch_slmops.optimize import optimize
@@ -15,6 +16,7 @@ from torch_slmops.weights import QuantizedWeight, quantize_weight
 __all__ = [
     "QuantizedWeight",
     "__version__",
+    "from_checkpoint",
     "isa",
     "isas",
     "ops",

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from torch_slmops import foreign
 from torch_slmops.fused import (
     AttentionSpec,
     ExpertsSpec,
@@ -230,6 +231,11 @@ class _Finder:
         biases = {None if layer.bias is None else layer.bias.dtype for layer in layers}
         if len(biases) > 1:
             return Left(what, "its projections have biases and none, or of several dtypes")
+        apart = foreign.apart(layers)
+        if apart is not None:
+            return Left(what, apart)
+        if isinstance(spec, MLPSpec) and foreign.has_order(children[-1]):
+            return Left(what, f"its {names[-1]} takes its inputs in another order (act-order)")
         packed = getattr(spec, "packed", None)
         if packed is not None and packed not in names and hasattr(module, packed):
             return Left(what, f"it has an attribute {packed!r}, where fused weights go")
@@ -284,12 +290,15 @@ def build(block: Block, quantize: Quantize, pack: Pack) -> Swap:
     if layers[0].bias is not None:
         values = torch.cat([layer.bias.detach() for layer in layers])
         bias = nn.Parameter(values, requires_grad=False)
-    quantized = quantize(weight)
+    imported = foreign.read(layers)
+    quantized = quantize(weight) if imported is None else imported.weight
     source: Linear | GateUp
     if isinstance(spec, MLPSpec):
         source = _gate_up(pack(interleave(quantized)), weight, bias)
     else:
         source = Linear.from_packed(pack(quantized), bias, weight.dtype)
+    if imported is not None:
+        source.perm, source.origin = imported.perm, imported.origin
     assert isinstance(spec, MLPSpec | AttentionSpec)
     children: dict[str, nn.Module] = {spec.packed: source}
     names = spec.row.gate_up if isinstance(spec, MLPSpec) else spec.row.projections

@@ -186,10 +186,13 @@ class FusedMLP(Fused):
         down = self._modules[self.slmops.row.down]
         if len(args) != 1 or kwargs or not isinstance(down, Linear) or not self._passes(args[0]):
             return super().forward(*args, **kwargs)
+        if down.perm is not None:
+            return super().forward(*args)
         gate_up = self._modules[self.slmops.packed]
         assert isinstance(gate_up, GateUp)
+        x: Tensor = args[0]
         return _swiglu(
-            args[0],
+            x if gate_up.perm is None else x.index_select(-1, gate_up.perm),
             gate_up.packed,
             down.packed,
             gate_up.hidden,
@@ -294,6 +297,7 @@ class FusedAttention(Fused):
             cos,
             sin,
             spec.row.rotary == "interleaved",
+            qkv.perm,
         )
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from torch_slmops import foreign
+from torch_slmops.adopt import adopted
 from torch_slmops.calibrate import Unit, calibrate, make_batches
 from torch_slmops.fuse import Block, Left, Plan, Swap, build, find_blocks, possible_blocks, put
 from torch_slmops.modules import Embedding, Linear, PackedModule
@@ -129,15 +131,38 @@ def optimize(
             other than the CPU, quantized already; a weight is not finite; `strict` and something
             would be left.
     """
+    formats = _formats(weights, scale_kind, group_size, symmetric, activations, act_group, lm_head)
+    with adopted(model):
+        _optimize(model, formats, include, exclude, fuse, strict, calibration, tokenizer, progress)
+    return model
+
+
+def _optimize(
+    model: nn.Module,
+    formats: dict[bool, _Format | None],
+    include: Patterns | None,
+    exclude: Patterns | None,
+    fuse: bool,
+    strict: bool,
+    calibration: Any,
+    tokenizer: Any,
+    progress: bool,
+) -> None:
+    """`optimize`, with weights of other formats as `foreign` sources."""
     check_model(model)
     batches = None if calibration is None else make_batches(calibration, tokenizer)
-    formats = _formats(weights, scale_kind, group_size, symmetric, activations, act_group, lm_head)
     sites = find_sites(model)
     blocks = possible_blocks(model) if fuse else []
     included, excluded = chooser(sites, blocks, include, exclude)
     chosen = [s for s in sites if included(*s.names) and not excluded(*s.names) and not s.is_packed]
-    chosen = [site for site in chosen if formats[site.is_head] is not None]
+    chosen = [s for s in chosen if formats[s.is_head] is not None or foreign.is_foreign(s.module)]
     todo = [site for site in chosen if site.obstacle is None]
+    quantized = next((site for site in todo if foreign.is_foreign(site.module)), None)
+    if quantized is not None and batches is not None:
+        raise ValueError(
+            f"optimize: calibration chooses codes, and {quantized.name} has codes already; leave "
+            "calibration out"
+        )
     plan = find_blocks(model, sites, todo, included, excluded) if fuse else Plan()
     experts = {block.module for block in plan.blocks if not block.sites}
     if strict:
@@ -161,7 +186,6 @@ def optimize(
     _logger.info(
         "optimize: packed %d of %d layers, fused %d blocks", len(todo), len(sites), len(swaps)
     )
-    return model
 
 
 def _formats(
@@ -216,6 +240,12 @@ def _weight(site: Site) -> Tensor:
     return weight.detach()
 
 
+def _key(site: Site) -> tuple[object, ...]:
+    weight = site.module.weight
+    assert isinstance(weight, Tensor)
+    return weight_key(weight)
+
+
 def _check_dtype(site: Site) -> None:
     dtype = _weight(site).dtype
     if dtype not in FLOAT_DTYPES:
@@ -227,15 +257,14 @@ def _check_dtype(site: Site) -> None:
 
 def _count(todo: list[Site]) -> int:
     """The number of weights in `todo`, shared ones once."""
-    weights = {weight_key(_weight(site)): _weight(site).numel() for site in todo}
-    return sum(weights.values())
+    return sum({_key(site): _weight(site).numel() for site in todo}.values())
 
 
 def _by_weight(todo: list[Site]) -> list[list[Site]]:
     """The sites that share a weight, together."""
     groups: dict[tuple[object, ...], list[Site]] = {}
     for site in todo:
-        groups.setdefault(weight_key(_weight(site)), []).append(site)
+        groups.setdefault(_key(site), []).append(site)
     return list(groups.values())
 
 
@@ -279,16 +308,30 @@ def _build(
     """The packed modules that take the places of those of `todo`; nothing is replaced yet."""
     replacements: dict[nn.Module, PackedModule] = {}
     for sites in _by_weight(todo):
-        weight, how = _weight(sites[0]), formats[sites[0].is_head]
+        first, weight = sites[0], _weight(sites[0])
+        how = formats[first.is_head] or formats[False]
         assert how is not None
-        calibrated = sites[0].module in codes.packed
-        with _named(sites[0].name):
-            packed = how.pack(codes.quantize(sites[0].module, how, weight))
+        calibrated = first.module in codes.packed
+        with _named(first.name):
+            packed, perm, origin = _pack(first.module, how, codes, weight)
         for site in sites:
-            replacements[site.module] = _replacement(site.module, packed, weight.dtype)
-            replacements[site.module].calibrated = calibrated
+            made = _replacement(site.module, packed, weight.dtype)
+            made.calibrated, made.perm, made.origin = calibrated, perm, origin
+            if perm is not None and isinstance(made, Embedding):
+                raise ValueError(f"optimize: {site.name}: an embedding cannot have act-order")
+            replacements[site.module] = made
         advance(weight.numel())
     return replacements
+
+
+def _pack(
+    module: nn.Module, how: _Format, codes: _Codes, weight: Tensor
+) -> tuple[Tensor, Tensor | None, str]:
+    """The packed weight of a module, the order of its inputs, and where its codes come from."""
+    found = foreign.read([module])
+    if found is None:
+        return how.pack(codes.quantize(module, how, weight)), None, ""
+    return how.pack(found.weight), found.perm, found.origin
 
 
 def _build_blocks(

@@ -103,8 +103,8 @@ class GateUp(PackedModule):
         """The weight [2 * hidden, K], rows of the gate first; see `PackedModule.weight`."""
         rows = interleaved_rows(self.hidden)
         if torch.compiler.is_compiling():
-            return dequantize(self.packed, self._weight_shape(), self.dtype, rows)
-        return WeightView(self.packed, self._weight_shape(), self.dtype, rows)
+            return dequantize(self.packed, self._weight_shape(), self.dtype, rows, self.perm)
+        return WeightView(self.packed, self._weight_shape(), self.dtype, rows, self.perm)
 
     def _assign_weight(self, value: Tensor) -> None:
         raise _read_only("gate and up")
@@ -112,7 +112,7 @@ class GateUp(PackedModule):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Returns [2 * hidden, K] of `dtype` or the module's dtype, rows of the gate first."""
         rows = interleaved_rows(self.hidden)
-        return dequantize(self.packed, self._weight_shape(), dtype or self.dtype, rows)
+        return dequantize(self.packed, self._weight_shape(), dtype or self.dtype, rows, self.perm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [..., 2 * hidden] for x of [..., K]: the slow path, for others than `swiglu`."""
@@ -122,7 +122,7 @@ class GateUp(PackedModule):
         if self.bias is not None:
             bias = self.bias.new_zeros(padded_rows(self.hidden))
             bias[rows] = self.bias.detach()
-        y: Tensor = modules._linear(x, self.packed, padded_rows(self.hidden), bias)
+        y: Tensor = modules._linear(x, self.packed, padded_rows(self.hidden), bias, self.perm)
         return y[..., rows]
 
     def extra_repr(self) -> str:
@@ -176,8 +176,8 @@ class Rows(nn.Module):
             rows = interleaved_rows(source.hidden)[self.start : self.stop]
         shape = (self.out_features, self.in_features)
         if torch.compiler.is_compiling():
-            return dequantize(source.packed, shape, source.dtype, rows)
-        return WeightView(source.packed, shape, source.dtype, rows)
+            return dequantize(source.packed, shape, source.dtype, rows, source.perm)
+        return WeightView(source.packed, shape, source.dtype, rows, source.perm)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):
