@@ -83,17 +83,14 @@ class Parts:
         The loss is the root of the mean squared error over the root of the mean square: 0.0 where
         every value is what the format means.
         """
-        zero = self.zero_point
-        if self.minimum is not None:
-            scale, minimum = self.scale.float(), self.minimum.float()
-            zero = torch.where(scale == 0, 0.0, -minimum / torch.where(scale == 0, 1.0, scale))
         weight = QuantizedWeight.from_parts(
             self.codes,
             self.scale,
-            zero,
+            self.zero_point if self.minimum is None else self.minimum,
             bits=self.bits,
             group_size=self.group_size,
             round_scales=True,
+            offset=self.minimum is not None,
         )
         return weight, self._loss(weight)
 

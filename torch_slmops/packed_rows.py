@@ -61,6 +61,7 @@ def interleave(weight: QuantizedWeight) -> QuantizedWeight:
         weight.bits,
         weight.group_size,
         (rows, k),
+        weight.offset,
     )
 
 

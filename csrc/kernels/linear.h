@@ -94,6 +94,7 @@ inline void bits_step(const Step& s) {
     case ZeroKind::int16:
       return group_step<kBits, ZeroKind::int16>(s);
     case ZeroKind::floating:
+    case ZeroKind::offset:
       return group_step<kBits, ZeroKind::floating>(s);
   }
 }

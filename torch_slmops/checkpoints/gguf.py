@@ -128,7 +128,9 @@ class GGUF:
         transformers: Any = import_module(_TRANSFORMERS)
         kinds: Any = transformers.TENSOR_PROCESSORS
         processor = kinds.get(self.architecture, transformers.TensorProcessor)(config=self._config)
-        names: dict[str, str] = transformers.get_gguf_hf_weights_map(model, processor)
+        names: dict[str, str] = transformers.get_gguf_hf_weights_map(
+            model, processor, self.architecture
+        )
         unknown = [n for n in self.tensors if n not in names and n not in _IGNORED]
         if unknown:
             raise ValueError(
@@ -153,14 +155,11 @@ class GGUF:
             raise ValueError(f"{self._where(tensor)}: expected {expected} ({target}), got {shape}")
         rows = self._row_order(tensor, shape, processor) if len(shape) == 2 else None
         kind = tensor.tensor_type.name
-        if kind in _FLOATS:
+        plain = type(module) in (nn.Linear, nn.Embedding) and leaf == "weight"
+        if kind in _FLOATS or not plain:
             values = self._floats(tensor, processor, rows)
             module._parameters[leaf] = nn.Parameter(values.to(dtype), requires_grad=False)
             return
-        if type(module) not in (nn.Linear, nn.Embedding) or leaf != "weight":
-            raise ValueError(
-                f"{self._where(tensor)}: expected float values for {target}, got {kind}"
-            )
         note = "" if kind in EXACT + ROUNDED else ", as int8"
         source = Source(f"GGUF {kind}{note}", partial(self._read, tensor, rows))
         attach(module, source, (shape[0], shape[1]), dtype)

@@ -28,7 +28,7 @@ _Array: TypeAlias = "np.ndarray[Any, Any]"
 _GROUP = 32
 _CHUNK = 1 << 22  # weights dequantized at a time
 
-# Types whose codes and scales are kept; the second kind's scales have more bits than float16.
+# Types whose codes and scales are kept. The scales of ROUNDED ones have more bits than float16.
 EXACT = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 ROUNDED = ("Q4_K", "Q5_K")
 
