@@ -1,4 +1,4 @@
-"""What tests of foreign checkpoints share: folders of safetensors, and what a loaded model must be."""
+"""What tests of foreign checkpoints share: folders of safetensors, and what must come of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def projections(model: nn.Module) -> dict[str, nn.Linear]:
 def save_folder(
     path: Path, model: Any, settings: Mapping[str, Any], layers: Mapping[str, Mapping[str, Tensor]]
 ) -> Path:
-    """Writes a checkpoint of `model` whose `layers` are quantized; settings: how, for its config."""
+    """Writes a checkpoint of `model` whose `layers` are quantized; settings: their config."""
     tensors = {
         name: value
         for name, value in model.state_dict().items()

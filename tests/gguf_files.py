@@ -47,7 +47,7 @@ def write(
     fields: Mapping[str, Any] | None = None,
     extra: Mapping[str, Array] | None = None,
 ) -> dict[str, Tensor]:
-    """Writes `model` as a file; returns the matrices that it means, by the names of their layers."""
+    """Writes `model` as a file; returns the matrices that it means, by their layers' names."""
     config = model.config
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(config.max_position_embeddings)
@@ -62,6 +62,7 @@ def write(
     if arch == "llama":
         writer.add_rope_dimension_count(config.head_dim)
     for key, value in (fields or {}).items():
+        writer.kv_data[0].pop(key, None)
         writer.add_key_value(key, value, _value_type(value))
     expected = _add_tensors(writer, model, kind_of, arch)
     for name, values in (extra or {}).items():

@@ -145,11 +145,13 @@ class Source:
 
     Attributes:
         origin: The format in a few words, such as "GGUF Q4_0".
+        where: The file and the tensor, or the parameter, for errors.
         read: Reads it; raises a ValueError that names the file and the tensor if it cannot.
         perm: The input that each column of its codes belongs to, int64 [K], or None for 0..K-1.
     """
 
     origin: str
+    where: str
     read: Callable[[], Parts]
     perm: Tensor | None = None
 
@@ -217,11 +219,21 @@ def read(modules: Sequence[nn.Module]) -> Imported | None:
     known = [source for source in sources if source is not None]
     if len(known) < len(modules) or not modules:
         return None
-    weight, loss = _stack([source.read() for source in known]).quantized()
+    weight, loss = _stack([_checked(source) for source in known]).quantized()
     origin = "from " + " + ".join(dict.fromkeys(source.origin for source in known))
     if loss:
         origin += f", relative error {loss:.1e}"
     return Imported(weight, known[0].perm, origin, loss)
+
+
+def _checked(source: Source) -> Parts:
+    """What a source reads, if its scales can be those of a weight."""
+    parts = source.read()
+    for name in ("scale", "zero_point", "minimum"):
+        values: Tensor | None = getattr(parts, name)
+        if values is not None and not bool(values.isfinite().all()):
+            raise ValueError(f"{source.where}: expected finite {name}s, got an infinity or a NaN")
+    return parts
 
 
 def _stack(parts: Sequence[Parts]) -> Parts:

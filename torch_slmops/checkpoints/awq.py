@@ -47,7 +47,7 @@ def _source(config: dict[str, Any], layer: Layer, shape: tuple[int, int]) -> Sou
         raise ValueError(
             f"{layer.where('scales')}: expected groups that divide {k} inputs, got {groups} groups"
         )
-    return Source("AWQ int4", partial(_read, layer, size))
+    return Source("AWQ int4", layer.where(_CODES), partial(_read, layer, size))
 
 
 def _read(layer: Layer, size: int) -> Parts:

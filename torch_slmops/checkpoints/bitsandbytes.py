@@ -38,7 +38,8 @@ def _source(layer: Layer, shape: tuple[int, int]) -> Source:
             f"{layer.where('weight_format')}: expected 0 (rows), got "
             f"{int(layer.get('weight_format'))}; save it with a newer bitsandbytes"
         )
-    return Source(_ORIGIN, lambda: _parts(layer.get("weight"), layer.get("SCB")))
+    where = layer.where("weight")
+    return Source(_ORIGIN, where, lambda: _parts(layer.get("weight"), layer.get("SCB")))
 
 
 def from_module(name: str, module: nn.Module) -> Source | None:
@@ -51,7 +52,8 @@ def from_module(name: str, module: nn.Module) -> Source | None:
     for holder in holders:
         codes, scale = getattr(holder, "CB", None), getattr(holder, "SCB", None)
         if codes is not None and scale is not None:
-            return Source(_ORIGIN, partial(_parts, codes.detach(), scale.detach()))
+            read = partial(_parts, codes.detach(), scale.detach())
+            return Source(_ORIGIN, f"{name}.weight", read)
     return None
 
 

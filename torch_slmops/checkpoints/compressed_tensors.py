@@ -110,7 +110,7 @@ def _source(scheme: Any, layer: Layer, shape: tuple[int, int]) -> Source:
         perm = order_of_groups(index, groups, size, layer.where("weight_g_idx"))
     kind = "pack-quantized" if packed else "int-quantized"
     origin = f"compressed-tensors {kind} int{bits}" + ("" if perm is None else " act-order")
-    return Source(origin, partial(_read, layer, shape, bits, groups, size, perm), perm)
+    return Source(origin, where, partial(_read, layer, shape, bits, groups, size, perm), perm)
 
 
 def _has_shape(layer: Layer) -> bool:

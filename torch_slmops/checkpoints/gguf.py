@@ -161,7 +161,9 @@ class GGUF:
             module._parameters[leaf] = nn.Parameter(values.to(dtype), requires_grad=False)
             return
         note = "" if kind in EXACT + ROUNDED else ", as int8"
-        source = Source(f"GGUF {kind}{note}", partial(self._read, tensor, rows))
+        source = Source(
+            f"GGUF {kind}{note}", self._where(tensor), partial(self._read, tensor, rows)
+        )
         attach(module, source, (shape[0], shape[1]), dtype)
 
     def _where(self, tensor: Any) -> str:

@@ -53,7 +53,7 @@ def _source(config: dict[str, Any], layer: Layer, shape: tuple[int, int]) -> Sou
     size, perm = _groups(layer, k, groups, config)
     read = partial(_read, layer, shape, bits, size, perm, version)
     order = "" if perm is None else " act-order"
-    return Source(f"GPTQ int{bits}{order}", read, perm)
+    return Source(f"GPTQ int{bits}{order}", layer.where(_CODES), read, perm)
 
 
 def _groups(layer: Layer, k: int, groups: int, config: dict[str, Any]) -> tuple[int, Tensor | None]:

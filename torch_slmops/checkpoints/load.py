@@ -107,8 +107,9 @@ def _from_gguf(file: GGUF, dtype: torch.dtype | str | None) -> Any:
     config = file.config()
     kind = torch.float32 if dtype in (None, "auto") else _dtype(dtype)
     model = _without_weights(config, kind)
+    empty = list(model.parameters())
     file.fill(model, kind)
-    _check_complete(model, str(file.path))
+    _check_complete(model, empty, str(file.path))
     return model.eval()
 
 
@@ -128,13 +129,14 @@ def _from_folder(path: Path, dtype: torch.dtype | str | None) -> Any:
     kind = getattr(config, "dtype", None) or torch.float32
     kind = _dtype(kind) if dtype in (None, "auto") else _dtype(dtype)
     model = _without_weights(config, kind)
+    empty = list(model.parameters())
     folder = Folder(path)
     try:
         read_layer = _FORMATS[method].reader(model, settings)
     except ValueError as error:
         raise ValueError(f"{path / 'config.json'}: quantization_config: {error}") from error
     _fill(model, folder, _FORMATS[method], read_layer, kind)
-    _check_complete(model, str(path))
+    _check_complete(model, empty, str(path))
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval()
@@ -238,11 +240,13 @@ def _look_at_rest(left: list[str], folder: Folder, kind: Format) -> None:
         _logger.info("from_checkpoint: not used: %s", ", ".join(left))
 
 
-def _check_complete(model: Any, where: str) -> None:
-    """Ties the tied weights, and raises if a tensor is still without values."""
+def _check_complete(model: Any, empty: list[nn.Parameter], where: str) -> None:
+    """Ties tied weights; raises if a parameter is one of `empty` or a tensor has no values."""
     model.tie_weights()
+    unfilled = {id(parameter) for parameter in empty}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.device.type == "meta" and source_of(tensor) is None:
+        without = tensor.device.type == "meta" and source_of(tensor) is None
+        if id(tensor) in unfilled or without:
             raise ValueError(f"{where}: expected a tensor {name!r}, found none")
 
 

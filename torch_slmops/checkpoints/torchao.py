@@ -41,7 +41,7 @@ def from_module(name: str, module: nn.Module) -> Source | None:
             f"{name}.weight: expected a scale per group of inputs, row or tensor, got blocks of "
             f"{block} in {tuple(weight.shape)}"
         )
-    return Source(f"torchao {kind.__name__}", partial(read, weight))
+    return Source(f"torchao {kind.__name__}", f"{name}.weight", partial(read, weight))
 
 
 def _intx(weight: Any) -> Parts:
