@@ -4,6 +4,8 @@
 model families; the same bits come out on every CPU. docs/ has the arithmetic and the packed format.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from torch_slmops import ops
 from torch_slmops.attention import register_attention
 from torch_slmops.checkpoints import from_checkpoint
@@ -13,7 +15,11 @@ from torch_slmops.optimize import optimize
 from torch_slmops.report import report
 from torch_slmops.weights import QuantizedWeight, quantize_weight
 
+if TYPE_CHECKING:
+    from torch_slmops.cache import Cache
+
 __all__ = [
+    "Cache",
     "QuantizedWeight",
     "__version__",
     "from_checkpoint",
@@ -29,3 +35,11 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Cache":  # here, because it needs transformers
+        from torch_slmops.cache import Cache
+
+        return Cache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

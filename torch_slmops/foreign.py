@@ -185,7 +185,9 @@ def is_foreign(module: nn.Module) -> bool:
 
 
 def has_order(module: nn.Module | None) -> bool:
-    """Whether the weight of `module` takes its inputs in an order of its own."""
+    """Whether the weight of `module`, packed or not, takes its inputs in an order of its own."""
+    if module is not None and module._buffers.get("perm") is not None:
+        return True
     source = None if module is None else source_of(module._parameters.get("weight"))
     return source is not None and source.perm is not None
 

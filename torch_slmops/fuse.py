@@ -24,9 +24,10 @@ from torch_slmops.fused import (
     NormSpec,
     fused_class,
 )
+from torch_slmops.fused_decoder import FusedDecoderLayer, LayerSpec
 from torch_slmops.fused_experts import FusedExperts
 from torch_slmops.fused_rotary import FusedRotary, RotarySpec, match_rotary
-from torch_slmops.match import match_attention, match_experts, match_mlp, match_norm
+from torch_slmops.match import match_attention, match_experts, match_layer, match_mlp, match_norm
 from torch_slmops.modules import Linear, PackedModule
 from torch_slmops.packed_rows import GateUp, Rows, interleave
 from torch_slmops.survey import Site, weight_key
@@ -44,7 +45,7 @@ __all__ = [
     "put",
 ]
 
-Spec: TypeAlias = NormSpec | MLPSpec | ExpertsSpec | AttentionSpec | RotarySpec
+Spec: TypeAlias = NormSpec | MLPSpec | ExpertsSpec | AttentionSpec | LayerSpec | RotarySpec
 Quantize: TypeAlias = Callable[[Tensor], QuantizedWeight]
 Pack: TypeAlias = Callable[[QuantizedWeight], Tensor]
 
@@ -53,6 +54,7 @@ _CLASSES: dict[type, type[Fused]] = {
     MLPSpec: FusedMLP,
     ExpertsSpec: FusedExperts,
     AttentionSpec: FusedAttention,
+    LayerSpec: FusedDecoderLayer,
     RotarySpec: FusedRotary,
 }
 _TABLES = "rotary_emb"  # what transformers calls the module with the rotary tables
@@ -119,6 +121,7 @@ def possible_blocks(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if module._parameters
         or name.split(".")[-1] == _TABLES
+        or any(_BLOCK.search(type(child).__name__) for child in module._modules.values())
         or any(isinstance(c, nn.Linear | PackedModule) for c in module._modules.values())
     ]
 
@@ -142,6 +145,7 @@ def find_blocks(
     finder = _Finder(model, sites, todo, included, excluded)
     for name, module in model.named_modules():
         finder.look_at(name, module)
+    finder.look_at_layers()
     finder.look_at_rotary_tables()
     return finder.plan
 
@@ -245,6 +249,29 @@ class _Finder:
     def _weight(layer: Any) -> Tensor:
         weight: Tensor = layer.weight
         return weight
+
+    def look_at_layers(self) -> None:
+        """Takes decoder layers whose blocks are all fused and whose projections are packed."""
+        specs: dict[nn.Module, object] = {block.module: block.spec for block in self.plan.blocks}
+        for module in self.model.modules():
+            if isinstance(module, Fused):
+                specs[module] = module.slmops
+        for name, module in self.model.named_modules():
+            if isinstance(module, Fused) or self.excluded(name):
+                continue
+            if any(foreign.has_order(inner) for inner in module.modules()):
+                continue  # the op takes inputs as they come
+            inner = [c for c in module._modules.values() if isinstance(specs.get(c), AttentionSpec)]
+            if len(inner) != 1 or not self._has_packed_output(inner[0], specs[inner[0]]):
+                continue
+            spec = match_layer(module, specs)
+            if not isinstance(spec, str):
+                self.plan.blocks.append(Block(name, module, spec))
+
+    def _has_packed_output(self, attention: nn.Module | None, spec: object) -> bool:
+        assert attention is not None and isinstance(spec, AttentionSpec)
+        output = None if spec.row.output is None else attention._modules[spec.row.output]
+        return output in self.sites or isinstance(output, Linear)
 
     def look_at_rotary_tables(self) -> None:
         """Takes over rotary tables that no other module than fused attentions can see."""

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from torch_slmops import foreign
 from torch_slmops.adopt import adopted
+from torch_slmops.attention import use_own_attention
 from torch_slmops.calibrate import Unit, calibrate, make_batches
 from torch_slmops.fuse import Block, Left, Plan, Swap, build, find_blocks, possible_blocks, put
 from torch_slmops.modules import Embedding, Linear, PackedModule
+from torch_slmops.stack import link_runs
 from torch_slmops.survey import Patterns, Site, check_model, chooser, find_sites, weight_key
 from torch_slmops.weights import FLOAT_DTYPES, QuantizedWeight, quantize_weight, resolve_scales
 
@@ -182,6 +184,7 @@ def _optimize(
         swaps = _build_blocks(plan.blocks, formats[False], codes, advance)
     _swap(model, replacements, _remaining_ties(model, replacements), swaps)
     if fuse:
+        use_own_attention(model)
         _note_left(model, plan.left)
     _logger.info(
         "optimize: packed %d of %d layers, fused %d blocks", len(todo), len(sites), len(swaps)
@@ -415,6 +418,7 @@ def _swap(
             if child in replacements:
                 parent._modules[name] = replacements[child]
     put(swaps)
+    link_runs(model)
     for module, kept in ties.items():
         vars(module)["_tied_weights_keys"] = kept
     for parameter in model.parameters():
