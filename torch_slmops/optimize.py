@@ -81,7 +81,8 @@ def optimize(
     Modules that share a weight share one packed buffer. What is not exactly one of the two classes,
     or has hooks, is left alone: `torch_slmops.report(model)` shows what was done and what was left.
     The remaining parameters are frozen (`requires_grad_(False)`). Called again, it packs what has
-    not been packed yet.
+    not been packed yet. Layers that torchao, compressed-tensors or bitsandbytes (8 bits) quantized
+    keep their codes (docs/checkpoints.md); `from_checkpoint` reads such models from disk.
 
     Attention, gated MLPs, experts and RMS norms of known families (`torch_slmops.families`) are
     fused: one op computes q, k and v with norms and rotary embedding, one an MLP. Their modules
