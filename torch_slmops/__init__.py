@@ -11,6 +11,7 @@ from torch_slmops.attention import register_attention
 from torch_slmops.checkpoints import from_checkpoint
 from torch_slmops.families import register_family
 from torch_slmops.isa import isa, isas, set_isa
+from torch_slmops.lora import lora_config
 from torch_slmops.optimize import optimize
 from torch_slmops.report import report
 from torch_slmops.weights import QuantizedWeight, quantize_weight
@@ -25,6 +26,7 @@ __all__ = [
     "from_checkpoint",
     "isa",
     "isas",
+    "lora_config",
     "ops",
     "optimize",
     "quantize_weight",

@@ -12,10 +12,44 @@ from torch_slmops import memory, ops
 from torch_slmops.weight_view import WeightView, dequantize
 from torch_slmops.weights import quantize_weight
 
-__all__ = ["Embedding", "Linear", "PackedModule"]
+__all__ = ["Embedding", "Linear", "PackedModule", "packed_linear"]
 
 _linear: Any = torch.ops.slmops.linear.default
 _embedding: Any = torch.ops.slmops.embedding.default
+
+
+class _InputGradient(torch.autograd.Function):
+    """y = x w^T + bias with a packed w, and the gradient of x, as if x were not rounded to int8."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, packed: Tensor, n: int, bias: Tensor | None, perm: Tensor | None
+    ) -> Tensor:
+        ctx.packed, ctx.shape, ctx.perm = packed, (n, x.shape[-1]), perm
+        y: Tensor = _linear(x, packed, n, bias, perm)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_x = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = grad @ dequantize(ctx.packed, ctx.shape, grad.dtype, perm=ctx.perm)
+        if ctx.needs_input_grad[3]:
+            of_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return of_x, None, None, of_bias, None
+
+
+def packed_linear(
+    x: Tensor, packed: Tensor, n: int, bias: Tensor | None, perm: Tensor | None
+) -> Tensor:
+    """Returns `ops.linear` of these; where gradients are recorded, x and bias get theirs."""
+    wanted = x.requires_grad or (bias is not None and bias.requires_grad)
+    if wanted and torch.is_grad_enabled():
+        apply: Any = _InputGradient.apply
+        y: Tensor = apply(x, packed, n, bias, perm)
+        return y
+    y = _linear(x, packed, n, bias, perm)
+    return y
 
 
 class PackedModule(nn.Module):
@@ -150,8 +184,9 @@ class PackedModule(nn.Module):
 class Linear(PackedModule):
     """y = x w^T + bias with a packed w: what `optimize` puts in the place of an `nn.Linear`.
 
-    For inference: gradients through it are refused. The result has the dtype of x; how x is treated
-    (rounded to int8 per group or not) was decided when w was packed.
+    The weight is frozen; x gets a gradient, for adapters that are trained beside it. The result has
+    the dtype of x; how x is treated (rounded to int8 per group or not) was decided when w was
+    packed.
 
     Attributes:
         in_features: K.
@@ -205,10 +240,7 @@ class Linear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [..., N] for x of [..., K]; any leading dimensions."""
-        if x.requires_grad and torch.is_grad_enabled():
-            ops.refuse_gradient("Linear")
-        y: Tensor = _linear(x, self.packed, self.out_features, self.bias, self.perm)
-        return y
+        return packed_linear(x, self.packed, self.out_features, self.bias, self.perm)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

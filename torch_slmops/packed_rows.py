@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_slmops import modules, ops
-from torch_slmops.modules import Linear, PackedModule
+from torch_slmops.modules import Linear, PackedModule, packed_linear
 from torch_slmops.weight_view import WeightView, dequantize
 from torch_slmops.weights import QuantizedWeight
 
@@ -117,13 +116,11 @@ class GateUp(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [..., 2 * hidden] for x of [..., K]: the slow path, for others than `swiglu`."""
-        if x.requires_grad and torch.is_grad_enabled():
-            ops.refuse_gradient("gate_up")
         rows, bias = interleaved_rows(self.hidden), None
         if self.bias is not None:
             bias = self.bias.new_zeros(padded_rows(self.hidden))
             bias[rows] = self.bias.detach()
-        y: Tensor = modules._linear(x, self.packed, padded_rows(self.hidden), bias, self.perm)
+        y = packed_linear(x, self.packed, padded_rows(self.hidden), bias, self.perm)
         return y[..., rows]
 
     def extra_repr(self) -> str:
