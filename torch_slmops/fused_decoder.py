@@ -227,6 +227,8 @@ class FusedDecoderLayer(Fused):
         if type(output) is not Linear or type(down) is not Linear or has_hooks(output):
             return None
         assert isinstance(qkv, Linear) and isinstance(gate_up, GateUp)
+        if any(part.perm is not None for part in (qkv, output, gate_up, down)):
+            return None
         found: dict[str, Any] = {
             "qkv": qkv._buffers["packed"],
             "qkv_bias": qkv._parameters["bias"],

@@ -14,8 +14,9 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from torch_slmops import budget, memory
+from torch_slmops import budget, foreign, memory
 from torch_slmops.activation_check import Layers, suited_formats
+from torch_slmops.adopt import adopted
 from torch_slmops.attention import use_own_attention
 from torch_slmops.calibrate import Unit, calibrate, make_batches
 from torch_slmops.formats import Format as _Format
@@ -68,7 +69,8 @@ def optimize(
     Modules that share a weight share one packed buffer. What is not exactly one of the two classes,
     or has hooks, is left alone: `torch_slmops.report(model)` shows what was done and what was left.
     The remaining parameters are frozen (`requires_grad_(False)`). Called again, it packs what has
-    not been packed yet.
+    not been packed yet. Layers that torchao, compressed-tensors or bitsandbytes (8 bits) quantized
+    keep their codes (docs/checkpoints.md); `from_checkpoint` reads such models from disk.
 
     Attention, gated MLPs, experts and RMS norms of known families (`torch_slmops.families`) are
     fused: one op computes q, k and v with norms and rotary embedding, one an MLP. Their modules
@@ -140,48 +142,51 @@ def optimize(
     """
     named = (weights, scale_kind, group_size, symmetric, activations, act_group)
     _check_budget(max_kl, named == _UNNAMED, texts is not None or measurements is not None)
-    check_model(model)
-    batches = None if calibration is None else make_batches(calibration, tokenizer)
-    formats = make_formats(
-        weights, scale_kind, group_size, symmetric, activations, act_group, lm_head
-    )
-    work = plan_work(model, formats, include, exclude, fuse, strict)
-    codes = Codes()
-    found = None
-    if max_kl is not None:
-        pieces = pieces_of(_by_weight(work.alone), work.blocks)
-        found = budget.choose(
-            model, pieces, max_kl, texts, tokenizer, batches, measurements, progress
+    with adopted(model):
+        check_model(model)
+        batches = None if calibration is None else make_batches(calibration, tokenizer)
+        formats = make_formats(
+            weights, scale_kind, group_size, symmetric, activations, act_group, lm_head
         )
-        codes.formats, codes.packed = found.formats, found.packed
-    elif activations is None and act_group is None:
-        codes.formats = suited_formats(model, _layers(work), batches[0] if batches else None)
-    if found is None and batches is not None:
-        units = _units(work)
-        total = sum(unit.size for unit in units)
-        with progress_bar(total, progress, "calibrating") as advance:
-            codes.packed = calibrate(model, units, batches, advance)
-    with progress_bar(work.size, progress, "packing weights") as advance:
-        carry_out(model, work, codes, advance)
-    if fuse:
-        use_own_attention(model)
-        note_left(model, work.left)
-    note_budget(model, None if found is None else found.budget)
-    options = {
-        "weights": weights,
-        "scale_kind": scale_kind,
-        "group_size": group_size,
-        "symmetric": symmetric,
-        "activations": activations or "int8",
-        "act_group": act_group,
-        "lm_head": lm_head,
-        "include": include,
-        "exclude": exclude,
-        "fuse": fuse,
-    }
-    note_options(model, options)
-    count = len(work.todo)
-    _logger.info("optimize: packed %d layers, fused %d blocks", count, len(work.blocks))
+        work = plan_work(model, formats, include, exclude, fuse, strict)
+        if batches is not None or max_kl is not None:
+            _refuse_foreign(work.todo)
+        codes = Codes()
+        found = None
+        if max_kl is not None:
+            pieces = pieces_of(_by_weight(work.alone), work.blocks)
+            found = budget.choose(
+                model, pieces, max_kl, texts, tokenizer, batches, measurements, progress
+            )
+            codes.formats, codes.packed = found.formats, found.packed
+        elif activations is None and act_group is None:
+            codes.formats = suited_formats(model, _layers(work), batches[0] if batches else None)
+        if found is None and batches is not None:
+            units = _units(work)
+            total = sum(unit.size for unit in units)
+            with progress_bar(total, progress, "calibrating") as advance:
+                codes.packed = calibrate(model, units, batches, advance)
+        with progress_bar(work.size, progress, "packing weights") as advance:
+            carry_out(model, work, codes, advance)
+        if fuse:
+            use_own_attention(model)
+            note_left(model, work.left)
+        note_budget(model, None if found is None else found.budget)
+        options = {
+            "weights": weights,
+            "scale_kind": scale_kind,
+            "group_size": group_size,
+            "symmetric": symmetric,
+            "activations": activations or "int8",
+            "act_group": act_group,
+            "lm_head": lm_head,
+            "include": include,
+            "exclude": exclude,
+            "fuse": fuse,
+        }
+        note_options(model, options)
+        count = len(work.todo)
+        _logger.info("optimize: packed %d layers, fused %d blocks", count, len(work.blocks))
     return model
 
 
@@ -225,7 +230,7 @@ def plan_work(
     blocks = possible_blocks(model) if fuse else []
     included, excluded = chooser(sites, blocks, include, exclude)
     chosen = [s for s in sites if included(*s.names) and not excluded(*s.names) and not s.is_packed]
-    chosen = [site for site in chosen if formats[site.is_head] is not None]
+    chosen = [s for s in chosen if formats[s.is_head] is not None or foreign.is_foreign(s.module)]
     todo = [site for site in chosen if site.obstacle is None]
     plan = find_blocks(model, sites, todo, included, excluded) if fuse else Plan()
     experts = {block.module for block in plan.blocks if not block.sites}
@@ -254,6 +259,15 @@ def carry_out(
         swap(model, replacements, ties, swaps)
     memory.give_back()
     return replacements
+
+
+def _refuse_foreign(todo: list[Site]) -> None:
+    quantized = next((site for site in todo if foreign.is_foreign(site.module)), None)
+    if quantized is not None:
+        raise ValueError(
+            f"optimize: calibration and max_kl choose codes, and {quantized.name} has codes "
+            "already; leave them out"
+        )
 
 
 def _check_budget(max_kl: Any, formats_are_unnamed: bool, others_are_named: bool) -> None:
@@ -323,6 +337,12 @@ def _weight(site: Site) -> Tensor:
     return weight.detach()
 
 
+def _key(site: Site) -> tuple[object, ...]:
+    weight = site.module.weight
+    assert isinstance(weight, Tensor)
+    return weight_key(weight)
+
+
 def _check_dtype(site: Site) -> None:
     dtype = _weight(site).dtype
     if dtype not in FLOAT_DTYPES:
@@ -334,15 +354,14 @@ def _check_dtype(site: Site) -> None:
 
 def _count(todo: list[Site]) -> int:
     """The number of weights in `todo`, shared ones once."""
-    weights = {weight_key(_weight(site)): _weight(site).numel() for site in todo}
-    return sum(weights.values())
+    return sum({_key(site): _weight(site).numel() for site in todo}.values())
 
 
 def _by_weight(todo: list[Site]) -> list[list[Site]]:
     """The sites that share a weight, together."""
     groups: dict[tuple[object, ...], list[Site]] = {}
     for site in todo:
-        groups.setdefault(weight_key(_weight(site)), []).append(site)
+        groups.setdefault(_key(site), []).append(site)
     return list(groups.values())
 
 
@@ -405,17 +424,30 @@ def _build(
     """The packed modules that take the places of those of `todo`; nothing is replaced yet."""
     replacements: dict[nn.Module, PackedModule] = {}
     for sites in _by_weight(todo):
-        weight = _weight(sites[0])
-        how = codes.formats.get(sites[0].module, formats[sites[0].is_head])
+        first, weight = sites[0], _weight(sites[0])
+        how = codes.formats.get(first.module, formats[first.is_head]) or formats[False]
         assert how is not None
-        calibrated = sites[0].module in codes.packed
-        with _named(sites[0].name):
-            packed = how.pack(codes.quantize(sites[0].module, how, weight))
+        calibrated = first.module in codes.packed
+        with _named(first.name):
+            packed, perm, origin = _pack(first.module, how, codes, weight)
         for site in sites:
-            replacements[site.module] = _replacement(site.module, packed, weight.dtype)
-            replacements[site.module].calibrated = calibrated
+            made = _replacement(site.module, packed, weight.dtype)
+            made.calibrated, made.perm, made.origin = calibrated, perm, origin
+            if perm is not None and isinstance(made, Embedding):
+                raise ValueError(f"optimize: {site.name}: an embedding cannot have act-order")
+            replacements[site.module] = made
         advance(weight.numel())
     return replacements
+
+
+def _pack(
+    module: nn.Module, how: _Format, codes: Codes, weight: Tensor
+) -> tuple[Tensor, Tensor | None, str]:
+    """The packed weight of a module, the order of its inputs, and where its codes come from."""
+    found = foreign.read([module])
+    if found is None:
+        return how.pack(codes.quantize(module, how, weight)), None, ""
+    return how.pack(found.weight), found.perm, found.origin
 
 
 def _build_blocks(

@@ -328,7 +328,8 @@ def _was(module: nn.Module) -> str:
 
 def _now(module: nn.Module) -> str:
     assert isinstance(module, PackedModule)
-    return module.format() + (", calibrated" if module.calibrated else "")
+    notes = ["calibrated"] * module.calibrated + [module.origin] * bool(module.origin)
+    return ", ".join([module.format(), *notes])
 
 
 def _left_rows(sites: Iterable[Site]) -> tuple[LeftRow, ...]:

@@ -103,6 +103,7 @@ inline void int8_step(const Step& s, const M&... matrix) {
       case ZeroKind::int16:
         return group_step<kBits, ZeroKind::int16>(s, matrix...);
       case ZeroKind::floating:
+      case ZeroKind::offset:
         return group_step<kBits, ZeroKind::floating>(s, matrix...);
     }
   };

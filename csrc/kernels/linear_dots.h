@@ -19,7 +19,7 @@ SLMOPS_INLINE void prefetch_ahead(const uint8_t* line) {
 }
 
 /// What a unit's integer sums start from, so that they end as sum of code * (u - z), or code * u
-/// for a float z.
+/// for a float z or an offset.
 template <int kBits, ZeroKind kZero>
 SLMOPS_INLINE I32 start_sums(int32_t preset, const uint8_t* zero_points) {
   constexpr int32_t kBias = kBits == 8 ? kDot8Bias : 0;

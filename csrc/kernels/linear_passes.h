@@ -92,7 +92,8 @@ struct LineDots {
   }
 };
 
-/// t of an activation group, which the walk is moved past: t = 0; for its units t = fma(I, s, t).
+/// t of an activation group, which the walk is moved past: t = 0; for its units t = fma(I, s, t),
+/// and for those of a float z or an offset m t = fma(sum of codes, -(s * z) or m, t).
 /// Presets are those of its first unit.
 template <int kBits, ZeroKind kZero, class Dots, int kRows, int kLines>
 SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, Dots& dots,
@@ -124,7 +125,8 @@ SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, Dots&
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) t[r][l] = fma(to_f32(sum[r][l]), s, t[r][l]);
       if constexpr (kZero == ZeroKind::floating) {
-        const F32 shift = s * load_scale(f.scale_type, scales + kLineBytes + l * 32);
+        const F32 zero = load_scale(f.scale_type, scales + kLineBytes + l * 32);
+        const F32 shift = f.zero_kind == ZeroKind::offset ? negate(zero) : s * zero;
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           const float code_sum = static_cast<float>(presets[r * preset_stride]);

@@ -126,7 +126,7 @@ Format random_format(Random& random) {
     } else {
       f.bits = random.chance(50) ? 4 : 8;
       f.scale_type = random.chance(50) ? DType::f16 : DType::bf16;
-      f.zero_kind = random.pick({ZeroKind::none, ZeroKind::int16, ZeroKind::floating});
+      f.zero_kind = random.pick({ZeroKind::none, ZeroKind::int16, ZeroKind::floating, ZeroKind::offset});
       f.group = random.pick({32, 64, 96, 128, 256, static_cast<int>((f.k + 31) / 32 * 32)});
     }
     const int64_t block = scale_block(f);
@@ -163,7 +163,7 @@ Packed::Packed(const Format& f, Random& random)
     sub_scale[i] = static_cast<uint8_t>(random.integer(0, 15));
   }
   fill(random, f.scale_type, 0.1f, 0, scale.data(), scale.count() / size_of(f.scale_type));
-  if (f.zero_kind == ZeroKind::floating) {
+  if (f.zero_kind == ZeroKind::floating || f.zero_kind == ZeroKind::offset) {
     fill(random, f.scale_type, 16.0f, 0, zero_point.data(), zero_point.count() / 2);
   }
   if (f.zero_kind == ZeroKind::int16) {
