@@ -21,23 +21,26 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PIP := $(VENV)/bin/python -m pip
 EXTENSION := torch_slmops/_C.abi3.so
-CPP_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inl')
-PY_FILES := setup.py torch_slmops tests benchmarks examples
+CPP_FILES := $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+PY_FILES := setup.py torch_slmops tests benchmarks examples tools
 SOURCES := $(filter csrc/%,$(CPP_FILES))
 
-.PHONY: help demo test lint format bench build cpptest emulate-avx2 test-transformers test-encoder test-bitsandbytes ci-full clean
+.PHONY: help demo test lint format bench aoti build cpptest emulate-avx2 test-transformers test-encoder test-serve test-bitsandbytes soak ci-full clean
 help:
 	@echo "make demo          set up, build, run examples/quickstart.py"
 	@echo "make test          set up, build, run the test suite"
 	@echo "make lint          ruff, mypy --strict, clang-format: all only check"
 	@echo "make format        ruff and clang-format: rewrite"
 	@echo "make bench         set up, build, run the benchmarks"
+	@echo "make aoti          compile examples/tiny_llama and run it by a C++ program, without Python"
 	@echo "make build         set up, build the extension in place"
 	@echo "make cpptest       the C++ tests under AddressSanitizer and UBSan"
 	@echo "make emulate-avx2  a selection of the tests on an emulated CPU with AVX2 and no more"
 	@echo "make test-transformers  the tests of model families with several versions of transformers"
 	@echo "make test-encoder  optimized sentence embeddings of a trained encoder against float32 ones"
 	@echo "make test-bitsandbytes  the tests of 8-bit models of bitsandbytes, a package of 60 MB"
+	@echo "make test-serve    a packed model behind transformers serve, asked by OpenAI's client"
+	@echo "make soak          10,000 calls of generate, whose memory must not grow"
 	@echo "make ci-full       the checks that are too long for every commit"
 	@echo "make clean         remove what was built, keep the environment"
 
@@ -72,6 +75,11 @@ demo: build
 
 bench: build
 	$(VENV)/bin/python -m benchmarks
+
+aoti: build
+	$(VENV)/bin/python examples/aoti/export.py build/aoti
+	examples/aoti/build.sh $(VENV)/bin/python build/aoti/run
+	build/aoti/run build/aoti $(EXTENSION) 32 < build/aoti/prompt.txt
 
 # Checks ---------------------------------------------------------------------------------------------
 lint: $(VENV)/.stamp-dev
@@ -112,7 +120,17 @@ test-bitsandbytes: build $(VENV)/.stamp-dev
 	$(PIP) install -q --no-deps --upgrade --target build/bitsandbytes bitsandbytes==0.50.2
 	PYTHONPATH=build/bitsandbytes $(VENV)/bin/python -m pytest tests/test_bitsandbytes.py
 
-ci-full: emulate-avx2 test-transformers test-encoder test-bitsandbytes
+# psutil is accelerate's; torch, which it asks for too, is here.
+test-serve: build $(VENV)/.stamp-dev
+	$(PIP) install -q --no-deps --upgrade --target build/serve accelerate psutil
+	$(PIP) install -q --upgrade --target build/serve-http fastapi openai uvicorn
+	PYTHONPATH=build/serve:build/serve-http $(VENV)/bin/python -m pytest tests/test_serve.py
+
+# Calls of generate, with lengths drawn at random, whose memory must not grow: about 20 minutes.
+soak: build $(VENV)/.stamp-dev
+	SLMOPS_SOAK_CALLS=10000 $(VENV)/bin/python -m pytest tests/test_soak.py
+
+ci-full: emulate-avx2 test-transformers test-encoder test-bitsandbytes test-serve
 	tests/cpp/run.sh full
 	$(VENV)/bin/python -m pytest -m full
 

@@ -33,6 +33,11 @@ class _Memory:
     def view(self) -> Tensor:
         return self.tensor[:, :, self.first : self.stop]
 
+    def last(self, count: int) -> Tensor:
+        """The last `count` slots in use, and the free ones behind them."""
+        first = self.stop - count
+        return self.tensor if first == 0 else self.tensor[:, :, first:]
+
     def is_part(self, value: Tensor) -> bool:
         """Whether `value` is a view of some of the slots."""
         own = self.tensor
@@ -131,18 +136,20 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        parts, new = [], key_states.shape[2]
-        for name, states in (("_keys", key_states), ("_values", value_states)):
-            memory = self._memory(name)
-            if memory is None:
-                shape = (*states.shape[:2], max(2 * new, _LEAST_SLOTS), states.shape[3])
-                memory = vars(self)[name] = _Memory(states.new_empty(shape))
-                memory.stop = 0
-            memory.make_room(new)
-            parts.append(memory)
-        visible = self._visible(parts[0].stop - parts[0].first)
-        keys, values = (memory.tensor[:, :, memory.stop - visible :] for memory in parts)
-        return keys, values, visible
+        new = key_states.shape[2]
+        keys = self._with_room("_keys", key_states, new)
+        values = self._with_room("_values", value_states, new)
+        visible = self._visible(keys.stop - keys.first)
+        return keys.last(visible), values.last(visible), visible
+
+    def _with_room(self, name: str, states: Tensor, new: int) -> _Memory:
+        memory = vars(self).get(name)
+        if not isinstance(memory, _Memory):
+            shape = (*states.shape[:2], max(2 * new, _LEAST_SLOTS), states.shape[3])
+            memory = vars(self)[name] = _Memory(states.new_empty(shape))
+            memory.stop = 0
+        memory.make_room(new)
+        return memory
 
     def _visible(self, used: int) -> int:
         """How many of the slots in use new queries may see."""

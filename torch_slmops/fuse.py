@@ -34,11 +34,13 @@ from torch_slmops.survey import Site, weight_key
 from torch_slmops.weights import FLOAT_DTYPES, QuantizedWeight
 
 __all__ = [
+    "TABLES",
     "Block",
     "Left",
     "Plan",
     "Swap",
     "build",
+    "children",
     "find_blocks",
     "looks_like_a_block",
     "possible_blocks",
@@ -57,7 +59,7 @@ _CLASSES: dict[type, type[Fused]] = {
     LayerSpec: FusedDecoderLayer,
     RotarySpec: FusedRotary,
 }
-_TABLES = "rotary_emb"  # what transformers calls the module with the rotary tables
+TABLES = "rotary_emb"  # what transformers calls the module with the rotary tables
 # Names of classes that compute what a fused op might: used to tell what was left, and why.
 _BLOCK = re.compile(r"Attention|Attn|MLP|FeedForward|FFN|Experts")
 
@@ -120,7 +122,7 @@ def possible_blocks(model: nn.Module) -> list[str]:
         name
         for name, module in model.named_modules()
         if module._parameters
-        or name.split(".")[-1] == _TABLES
+        or name.split(".")[-1] == TABLES
         or any(_BLOCK.search(type(child).__name__) for child in module._modules.values())
         or any(isinstance(c, nn.Linear | PackedModule) for c in module._modules.values())
     ]
@@ -278,10 +280,10 @@ class _Finder:
         fused = {b.module for b in self.plan.blocks if isinstance(b.spec, AttentionSpec)}
         fused.update(m for m in self.model.modules() if isinstance(m, FusedAttention))
         for name, parent in self.model.named_modules():
-            module = parent._modules.get(_TABLES)
+            module = parent._modules.get(TABLES)
             if module is None or isinstance(module, Fused):
                 continue
-            path = f"{name}.{_TABLES}" if name else _TABLES
+            path = f"{name}.{TABLES}" if name else TABLES
             spec: RotarySpec | str = match_rotary(module)
             others = [m for m in parent.modules() if m is not parent and _may_use_tables(m, fused)]
             if not isinstance(spec, str) and others:
@@ -327,14 +329,24 @@ def build(block: Block, quantize: Quantize, pack: Pack) -> Swap:
     if imported is not None:
         source.perm, source.origin = imported.perm, imported.origin
     assert isinstance(spec, MLPSpec | AttentionSpec)
-    children: dict[str, nn.Module] = {spec.packed: source}
+    return Swap(module, spec, children(spec, source, [layer.out_features for layer in layers]))
+
+
+def children(
+    spec: MLPSpec | AttentionSpec, source: Linear | GateUp, sizes: list[int]
+) -> dict[str, nn.Module]:
+    """Returns the packed child of a fused block, and views of its rows for the old projections.
+
+    `sizes`: how many rows each of them has.
+    """
+    found: dict[str, nn.Module] = {spec.packed: source}
     names = spec.row.gate_up if isinstance(spec, MLPSpec) else spec.row.projections
     start = 0
-    for name, layer in zip(names, layers, strict=True):
+    for name, size in zip(names, sizes, strict=True):
         if name != spec.packed:
-            children[name] = Rows(source, start, start + layer.out_features).eval()
-        start += layer.out_features
-    return Swap(module, spec, children)
+            found[name] = Rows(source, start, start + size).eval()
+        start += size
+    return found
 
 
 def _gate_up(packed: Tensor, weight: Tensor, bias: nn.Parameter | None = None) -> GateUp:
@@ -352,8 +364,8 @@ def _build_experts(module: nn.Module, spec: ExpertsSpec, quantize: Quantize, pac
         first.append(_gate_up(pack(interleave(quantize(weight))), weight))
         packed = pack(quantize(down[e].detach()))
         second.append(Linear.from_packed(packed, None, down.dtype))
-    children: dict[str, nn.Module] = {"gate_up": first.eval(), "down": second.eval()}
-    return Swap(module, spec, children, (spec.row.gate_up, spec.row.down))
+    experts: dict[str, nn.Module] = {"gate_up": first.eval(), "down": second.eval()}
+    return Swap(module, spec, experts, (spec.row.gate_up, spec.row.down))
 
 
 def put(swaps: list[Swap]) -> None:

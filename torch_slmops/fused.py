@@ -19,6 +19,8 @@ from torch_slmops.modules import Linear
 from torch_slmops.packed_rows import GateUp, Rows
 
 __all__ = [
+    "HOOKS",
+    "SNAPSHOT",
     "AttentionSpec",
     "ExpertsSpec",
     "Fused",
@@ -43,6 +45,8 @@ _swiglu = ops.swiglu
 _PROJECTIONS = (Rows, Linear, GateUp)
 
 Tables = tuple[Tensor, Tensor]
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+SNAPSHOT = "_slmops_snapshot"  # an attribute that copies do without
 _OWN = ("hidden_states", "position_embeddings", "attention_mask")
 _OLD_CACHE = "past_key_values"
 
@@ -107,7 +111,8 @@ class Fused(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made on the fly; pickle could not find it.
         kind, base = type(self).__bases__
-        return _bare, (kind, base), dict(vars(self))
+        state = {name: value for name, value in vars(self).items() if name != SNAPSHOT}
+        return _bare, (kind, base), state
 
     def describe(self) -> str:
         """Returns in a few words what was fused."""
@@ -140,12 +145,7 @@ class Fused(nn.Module):
 def has_hooks(module: nn.Module | None) -> bool:
     """Whether calls of `module` run hooks of its own."""
     own = vars(module)
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-    )
+    return any(own[name] for name in HOOKS)
 
 
 _classes: dict[tuple[type, type], type[Fused]] = {}

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch_slmops.families import ACTIVATIONS
 from torch_slmops.fused import AttentionSpec, ExpertsSpec, MLPSpec, NormSpec, attend, read
 from torch_slmops.fused_decoder import LayerSpec
 
-__all__ = ["activation_kind", "difference", "plain_forward"]
+__all__ = ["activation_kind", "difference", "expecting", "plain_forward"]
 
 # float32 sums of the same terms, in whatever order; relative to the largest value.
 _TOLERANCE = 2e-5
@@ -36,12 +39,42 @@ class _Differs(Exception):
     """What a module computes differently from what its row says."""
 
 
+@dataclass(frozen=True)
+class _Expected:
+    """The names of the rows that modules were found to be before, and whether to probe again."""
+
+    rows: Mapping[nn.Module, str]
+    probe: bool
+
+
+_expected: ContextVar[_Expected | None] = ContextVar("expected", default=None)
+
+
+@contextmanager
+def expecting(rows: Mapping[nn.Module, str], probe: bool) -> Iterator[None]:
+    """Inside it, a module of `rows` is the row of that name or none.
+
+    Without `probe` it is not compared again: for modules whose very code was compared before.
+    """
+    token = _expected.set(_Expected(rows, probe))
+    try:
+        yield
+    finally:
+        _expected.reset(token)
+
+
 def difference(module: nn.Module, spec: _Spec, extras: Hashable = ()) -> str | None:
     """Returns what `module` computes differently from `spec`, or None; remembered for its likes.
 
     `extras`: what the outcome depends on besides the class, the parameters' shapes, the config and
     attributes of simple types.
     """
+    expected = _expected.get()
+    if expected is not None and module in expected.rows:
+        if spec.row.name != expected.rows[module]:
+            return f"it was a {expected.rows[module]} before"
+        if not expected.probe:
+            return None
     config = vars(module).get("config")
     config = repr(getattr(config, "__dict__", config))
     scalars = tuple(

@@ -7,7 +7,7 @@
 #include <iterator>
 #include <stdexcept>
 #if defined(__x86_64__)
-#include <cpuid.h>
+#include "x86_features.h"
 #endif
 
 namespace slmops {
@@ -21,7 +21,13 @@ extern const KernelTable kernels;
 namespace avx2 {
 extern const KernelTable kernels;
 }
+namespace avx_vnni {
+extern const KernelTable kernels;
+}
 namespace avx512_vnni {
+extern const KernelTable kernels;
+}
+namespace amx {
 extern const KernelTable kernels;
 }
 
@@ -30,32 +36,19 @@ namespace {
 constexpr uint32_t kAvx2Row = kAvx2 | kFma | kF16c;
 constexpr uint32_t kAvx512VnniRow =
     kAvx2Row | kAvx512f | kAvx512bw | kAvx512vl | kAvx512dq | kAvx512vnni;
+constexpr uint32_t kAmxRow = kAvx512VnniRow | kAmxTile | kAmxInt8;
 
 constexpr IsaRow kRows[] = {
+    {"amx", kAmxRow, &amx::kernels},
     {"avx512_vnni", kAvx512VnniRow, &avx512_vnni::kernels},
+    {"avx_vnni", kAvx2Row | kAvxVnni, &avx_vnni::kernels},
     {"avx2", kAvx2Row, &avx2::kernels},
     {"scalar", 0, &scalar::kernels},
 };
 
 }  // namespace
 
-uint32_t system_features() {
-  __builtin_cpu_init();
-  uint32_t found = 0;
-  // The built-in takes literals only, and it also asks XCR0 whether the system saves the registers.
-  if (__builtin_cpu_supports("avx2")) found |= kAvx2;
-  if (__builtin_cpu_supports("fma")) found |= kFma;
-  // Clang 14 does not know the name f16c; that the system saves its registers is AVX's to say.
-  unsigned a, b, c, d;
-  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
-  if (f16c && __builtin_cpu_supports("avx")) found |= kF16c;
-  if (__builtin_cpu_supports("avx512f")) found |= kAvx512f;
-  if (__builtin_cpu_supports("avx512bw")) found |= kAvx512bw;
-  if (__builtin_cpu_supports("avx512vl")) found |= kAvx512vl;
-  if (__builtin_cpu_supports("avx512dq")) found |= kAvx512dq;
-  if (__builtin_cpu_supports("avx512vnni")) found |= kAvx512vnni;
-  return found;
-}
+uint32_t system_features() { return x86_features(); }
 
 #else
 
@@ -64,6 +57,10 @@ constexpr IsaRow kRows[] = {{"scalar", 0, &scalar::kernels}};
 }
 
 uint32_t system_features() { return 0; }
+
+namespace {
+uint32_t permitted(uint32_t features) { return features; }
+}  // namespace
 
 #endif
 
@@ -79,6 +76,8 @@ constexpr FeatureName kFeatureNames[] = {
     {"f16c", kF16c},          {"avx512_f", kAvx512f},
     {"avx512_bw", kAvx512bw}, {"avx512_vl", kAvx512vl},
     {"avx512_dq", kAvx512dq}, {"avx512_vnni", kAvx512vnni},
+    {"avx_vnni", kAvxVnni},   {"amx_tile", kAmxTile},
+    {"amx_int8", kAmxInt8},
 };
 
 constexpr uint32_t kNotGiven = 1u << 31;  // no feature has this bit
@@ -155,7 +154,7 @@ const IsaRow& current() {
 }
 
 void set_features(uint32_t features) {
-  given_features.store(features, std::memory_order_release);
+  given_features.store(permitted(features), std::memory_order_release);
   chosen.store(nullptr, std::memory_order_release);
 }
 

@@ -53,9 +53,23 @@ struct GroupWalk {
   const uint8_t* group;
   int64_t in_group;  // k of the group behind it
   int64_t k;         // of the chunk behind it
+
+  template <int kBits>
+  SLMOPS_INLINE const uint8_t* lines() const {
+    return group + in_group * (kTile * kBits / 8);
+  }
+  SLMOPS_INLINE void advance(const Format& f, int64_t unit) {
+    k += unit;
+    in_group += unit;
+    if (in_group == f.group) {
+      in_group = 0;
+      group += f.group_bytes;
+    }
+  }
 };
 
-/// The integer dots of a unit, `k` of the chunk behind it.
+/// The integer dots of a unit, `k` of the chunk behind it, are added to `sum`. Passes ask for
+/// units in order.
 template <int kBits>
 struct LineDots {
   const int8_t* codes;
@@ -81,10 +95,10 @@ struct LineDots {
 /// t of an activation group, which the walk is moved past: t = 0; for its units t = fma(I, s, t),
 /// and for those of a float z or an offset m t = fma(sum of codes, -(s * z) or m, t).
 /// Presets are those of its first unit.
-template <int kBits, ZeroKind kZero, int kRows, int kLines>
-SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half,
-                               const LineDots<kBits>& dots, const int32_t* presets,
-                               int64_t preset_stride, F32 (&t)[kRows][kLines]) {
+template <int kBits, ZeroKind kZero, class Dots, int kRows, int kLines>
+SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, Dots& dots,
+                               const int32_t* presets, int64_t preset_stride,
+                               F32 (&t)[kRows][kLines]) {
   constexpr int64_t kLineK = kBits == 4 ? 8 : 4;
   const int64_t unit = preset_unit(f);
   const int64_t scale_offset = f.group / kLineK * 2 * kLineBytes + half * 32;
@@ -104,7 +118,7 @@ SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half,
             start_sums<kBits, kZero>(presets[r * preset_stride], scales + kLineBytes + l * 32);
       }
     }
-    dots.add(walk->group + walk->in_group / kLineK * 2 * kLineBytes, half, walk->k, unit, sum);
+    dots.add(walk->lines<kBits>(), half, walk->k, unit, sum);
 #pragma GCC unroll 2
     for (int l = 0; l < kLines; ++l) {
       const F32 s = load_scale(f.scale_type, scales + l * 32);
@@ -120,24 +134,17 @@ SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half,
         }
       }
     }
-    walk->k += unit;
-    walk->in_group += unit;
-    if (walk->in_group == f.group) {
-      walk->in_group = 0;
-      walk->group += f.group_bytes;
-    }
+    walk->advance(f, unit);
   }
 }
 
-/// `group` lines: for activation groups a, acc = fma(t, s_a, acc).
-template <int kBits, ZeroKind kZero, int kRows, int kLines>
-SLMOPS_INLINE void group_pass(const Format& f, const Chunk& chunk, int half,
-                              const LineDots<kBits>& dots, const PassRows& rows,
-                              F32 (&acc)[kRows][kLines]) {
-  GroupWalk walk = {chunk.lines, 0, 0};
+/// `group` lines from `walk` to k == end: for activation groups a, acc = fma(t, s_a, acc).
+template <int kBits, ZeroKind kZero, class Dots, int kRows, int kLines>
+SLMOPS_INLINE void group_pass(const Format& f, GroupWalk walk, int64_t end, int half, Dots dots,
+                              const PassRows& rows, F32 (&acc)[kRows][kLines]) {
   const int32_t* presets = rows.presets;
   const float* scale = rows.scale;
-  while (walk.k < chunk.count) {
+  while (walk.k < end) {
     F32 t[kRows][kLines];
     group_terms<kBits, kZero>(f, &walk, half, dots, presets, rows.preset_stride, t);
     presets += rows.presets_per_act;
@@ -183,14 +190,12 @@ SLMOPS_INLINE void sub16_pass(const Format& f, const Chunk& chunk, int half, con
 }
 
 /// The same from lines that expand_chunk made; presets are those per activation group.
-template <int kRows, int kLines>
-SLMOPS_INLINE void expanded_pass(const Format& f, const Chunk& chunk, int half,
+template <class Dots, int kRows, int kLines>
+SLMOPS_INLINE void expanded_pass(const Format& f, const Chunk& chunk, int half, Dots dots,
                                  const PassRows& rows, F32 (&acc)[kRows][kLines]) {
-  const uint8_t* lines = chunk.lines + half * kLineBytes;
-  const int8_t* codes = rows.codes;
   const int32_t* presets = rows.presets;
   const float* scale = rows.scale;
-  for (const int8_t* last = codes + chunk.count; codes < last; ++presets) {
+  for (int64_t k = 0; k < chunk.count; k += f.act_group, ++presets) {
     I32 sum[kRows][kLines];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -199,10 +204,7 @@ SLMOPS_INLINE void expanded_pass(const Format& f, const Chunk& chunk, int half,
         sum[r][l] = splat_i32(presets[r * rows.preset_stride]);
       }
     }
-    for (const int8_t* end = codes + f.act_group; codes < end; codes += 16) {
-      add_int8<kRows, kLines>(lines, codes, rows.code_stride, sum);
-      lines += 8 * kLineBytes;
-    }
+    dots.add(chunk.lines + k * kTile, half, k, f.act_group, sum);
     add_scaled<kRows, kLines>(sum, scale++, rows.scale_stride, acc);
   }
 }
