@@ -10,6 +10,7 @@ from torch_slmops import ops
 from torch_slmops.attention import register_attention
 from torch_slmops.checkpoints import from_checkpoint
 from torch_slmops.dequantize import dequantize
+from torch_slmops.evaluate import evaluate
 from torch_slmops.families import register_family
 from torch_slmops.hf_register import register_when_imported
 from torch_slmops.isa import isa, isas, set_isa
@@ -32,6 +33,7 @@ __all__ = [
     "SlmopsConfig",
     "__version__",
     "dequantize",
+    "evaluate",
     "from_checkpoint",
     "isa",
     "isas",
