@@ -190,6 +190,13 @@ def plan_structure(model: nn.Module, recipe: Recipe, file: str) -> Structure:
             raise SavedModelError(
                 f"{file}: {name}: expected to share a packed weight, not {source}"
             )
+        if len(owners) == 2 and owners[0] in packed:
+            shapes = [packed[owner]._packed_shape() for owner in owners]
+            if shapes[0] != shapes[1]:
+                raise SavedModelError(
+                    f"{file}: {name}: expected to share a weight of {shapes[0]}, {source} is one of "
+                    f"{shapes[1]}"
+                )
     return Structure(model, recipe, file, swaps, replacements, packed)
 
 
