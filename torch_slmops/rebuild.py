@@ -194,8 +194,8 @@ def plan_structure(model: nn.Module, recipe: Recipe, file: str) -> Structure:
             shapes = [packed[owner]._packed_shape() for owner in owners]
             if shapes[0] != shapes[1]:
                 raise SavedModelError(
-                    f"{file}: {name}: expected to share a weight of {shapes[0]}, {source} is one of "
-                    f"{shapes[1]}"
+                    f"{file}: {name}: expected to share a weight of {shapes[0]}, {source} is one "
+                    f"of {shapes[1]}"
                 )
     return Structure(model, recipe, file, swaps, replacements, packed)
 
