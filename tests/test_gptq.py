@@ -14,7 +14,7 @@ import torch
 from bits import assert_same_bits
 from checkpoint_files import assert_computes, assert_weights, projections, save_folder
 from gptq_files import awq_layer, gptq_layer
-from small_models import logits, small, tokens
+from small_models import logits, small, tokens, transformers
 from torch import Tensor, nn
 
 import torch_slmops
@@ -166,6 +166,20 @@ class TestActOrder:
         plain = torch_slmops.quantize_weight(expected[name]).pack()
         twin.load_state_dict({"packed": plain})
         assert twin.perm is None
+
+    def test_saved_and_loaded(self, tmp_path: Path) -> None:
+        model, _ = self.loaded(tmp_path)
+        model.save_pretrained(tmp_path / "saved")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        ids = tokens(2, 7)
+        assert_same_bits(logits(again, ids), logits(model, ids))
+        down = again.model.layers[1].mlp.down_proj
+        assert torch.equal(down.perm, model.model.layers[1].mlp.down_proj.perm)
+        assert down.origin == "from GPTQ int4 act-order"
+
+    def test_dequantized(self, tmp_path: Path) -> None:
+        model, expected = self.loaded(tmp_path, lm_head=None)
+        assert_weights(torch_slmops.dequantize(model), expected)
 
     def test_assigning_a_weight_forgets_the_order(self, tmp_path: Path) -> None:
         model, expected = self.loaded(tmp_path)

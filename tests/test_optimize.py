@@ -280,10 +280,10 @@ def test_refuses_models(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # torchao's own, at import
-def test_refuses_torchao_models() -> None:
+def test_refuses_torchao_tensors_that_are_not_known() -> None:
     quantization = pytest.importorskip("torchao.quantization")
     model = nn.Sequential(nn.Linear(64, 64)).eval()
-    quantization.quantize_(model, quantization.IntxWeightOnlyConfig())
+    quantization.quantize_(model, quantization.Float8WeightOnlyConfig())
     with pytest.raises(ValueError, match="quantized"):
         optimize(model)
 

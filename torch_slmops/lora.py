@@ -55,7 +55,8 @@ def _layer_class() -> type:
         def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
             raise RuntimeError(
                 "merging an adapter into a packed weight would round it again: leave it beside "
-                "the weight, or merge it into the float model and optimize that"
+                "the weight, or make the model float (torch_slmops.dequantize), merge, and "
+                "optimize it again"
             )
 
     return PackedLora

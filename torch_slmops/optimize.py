@@ -141,25 +141,29 @@ def optimize(
             would be left; `max_kl` cannot be met (the error says what can, and why).
     """
     named = (weights, scale_kind, group_size, symmetric, activations, act_group)
-    _check_budget(max_kl, named == _UNNAMED, texts is not None or measurements is not None)
     with adopted(model):
+        _check_budget(max_kl, named == _UNNAMED, texts is not None or measurements is not None)
         check_model(model)
         batches = None if calibration is None else make_batches(calibration, tokenizer)
         formats = make_formats(
             weights, scale_kind, group_size, symmetric, activations, act_group, lm_head
         )
         work = plan_work(model, formats, include, exclude, fuse, strict)
-        if batches is not None or max_kl is not None:
-            _refuse_foreign(work.todo)
         codes = Codes()
         found = None
+        fixed = next((s.name for s in work.todo if foreign.is_foreign(s.module)), None)
+        if fixed is not None and (batches is not None or max_kl is not None):
+            raise ValueError(
+                f"optimize: calibration and max_kl choose codes, and {fixed} has codes already; "
+                "leave them out"
+            )
         if max_kl is not None:
             pieces = pieces_of(_by_weight(work.alone), work.blocks)
             found = budget.choose(
                 model, pieces, max_kl, texts, tokenizer, batches, measurements, progress
             )
             codes.formats, codes.packed = found.formats, found.packed
-        elif activations is None and act_group is None:
+        elif activations is None and act_group is None and fixed is None:
             codes.formats = suited_formats(model, _layers(work), batches[0] if batches else None)
         if found is None and batches is not None:
             units = _units(work)
@@ -168,25 +172,25 @@ def optimize(
                 codes.packed = calibrate(model, units, batches, advance)
         with progress_bar(work.size, progress, "packing weights") as advance:
             carry_out(model, work, codes, advance)
-        if fuse:
-            use_own_attention(model)
-            note_left(model, work.left)
-        note_budget(model, None if found is None else found.budget)
-        options = {
-            "weights": weights,
-            "scale_kind": scale_kind,
-            "group_size": group_size,
-            "symmetric": symmetric,
-            "activations": activations or "int8",
-            "act_group": act_group,
-            "lm_head": lm_head,
-            "include": include,
-            "exclude": exclude,
-            "fuse": fuse,
-        }
-        note_options(model, options)
-        count = len(work.todo)
-        _logger.info("optimize: packed %d layers, fused %d blocks", count, len(work.blocks))
+    if fuse:
+        use_own_attention(model)
+        note_left(model, work.left)
+    note_budget(model, None if found is None else found.budget)
+    options = {
+        "weights": weights,
+        "scale_kind": scale_kind,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "activations": activations or "int8",
+        "act_group": act_group,
+        "lm_head": lm_head,
+        "include": include,
+        "exclude": exclude,
+        "fuse": fuse,
+    }
+    note_options(model, options)
+    count = len(work.todo)
+    _logger.info("optimize: packed %d layers, fused %d blocks", count, len(work.blocks))
     return model
 
 
@@ -259,15 +263,6 @@ def carry_out(
         swap(model, replacements, ties, swaps)
     memory.give_back()
     return replacements
-
-
-def _refuse_foreign(todo: list[Site]) -> None:
-    quantized = next((site for site in todo if foreign.is_foreign(site.module)), None)
-    if quantized is not None:
-        raise ValueError(
-            f"optimize: calibration and max_kl choose codes, and {quantized.name} has codes "
-            "already; leave them out"
-        )
 
 
 def _check_budget(max_kl: Any, formats_are_unnamed: bool, others_are_named: bool) -> None:
@@ -425,7 +420,7 @@ def _build(
     replacements: dict[nn.Module, PackedModule] = {}
     for sites in _by_weight(todo):
         first, weight = sites[0], _weight(sites[0])
-        how = codes.formats.get(first.module, formats[first.is_head]) or formats[False]
+        how = codes.formats.get(first.module, formats[first.is_head] or formats[False])
         assert how is not None
         calibrated = first.module in codes.packed
         with _named(first.name):

@@ -179,7 +179,7 @@ def plan_structure(model: nn.Module, recipe: Recipe, file: str) -> Structure:
             packed[name] = replacements[old] = _replacement(old, name, layer.kind, file)
         if type(packed[name]).__name__ != layer.kind:
             raise _mismatch(file, name, layer.kind, type(packed[name]).__name__)
-        packed[name].calibrated = layer.calibrated
+        packed[name].calibrated, packed[name].origin = layer.calibrated, layer.origin
     if unknown := packed.keys() - recipe.layers.keys():
         raise _mismatch(file, min(unknown), "no packed layer", "one")
     for name, module in packed.items():
@@ -190,6 +190,13 @@ def plan_structure(model: nn.Module, recipe: Recipe, file: str) -> Structure:
             raise SavedModelError(
                 f"{file}: {name}: expected to share a packed weight, not {source}"
             )
+        if len(owners) == 2 and owners[0] in packed:
+            shapes = [packed[owner]._packed_shape() for owner in owners]
+            if shapes[0] != shapes[1]:
+                raise SavedModelError(
+                    f"{file}: {name}: expected to share a weight of {shapes[0]}, {source} is one "
+                    f"of {shapes[1]}"
+                )
     return Structure(model, recipe, file, swaps, replacements, packed)
 
 
