@@ -190,13 +190,15 @@ def plan_structure(model: nn.Module, recipe: Recipe, file: str) -> Structure:
             raise SavedModelError(
                 f"{file}: {name}: expected to share a packed weight, not {source}"
             )
-        if len(owners) == 2 and owners[0] in packed:
-            shapes = [packed[owner]._packed_shape() for owner in owners]
-            if shapes[0] != shapes[1]:
-                raise SavedModelError(
-                    f"{file}: {name}: expected to share a weight of {shapes[0]}, {source} is one "
-                    f"of {shapes[1]}"
-                )
+        if len(owners) < 2:
+            continue
+        # A module that is used twice has a second name, which is not in `packed`.
+        own = packed.get(owners[0]) or replacements.get(_module(model, owners[0], file))
+        if own is not None and own._packed_shape() != packed[owners[1]]._packed_shape():
+            raise SavedModelError(
+                f"{file}: {name}: expected to share a weight of {own._packed_shape()}, {source} is "
+                f"one of {packed[owners[1]]._packed_shape()}"
+            )
     return Structure(model, recipe, file, swaps, replacements, packed)
 
 
