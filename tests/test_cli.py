@@ -382,6 +382,24 @@ def test_packing_on_the_way_gives_what_optimize_gives(llama: Path, bert: Path) -
         assert_same_bits(got, want)
 
 
+def test_evaluate(cli: CommandLine, llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i * i % 120}" for i in range(400)))
+    options = ("--texts", text, "--window", 64, "--worst", 2)
+    found = cli.json("evaluate", llama, *options)
+    assert found["tokens"] == 400 and found["kl_mean"]["value"] > 0 and len(found["worst"]) == 2
+    cli.json("quantize", llama, tmp_path / "packed")
+    assert cli.json("evaluate", tmp_path / "packed", *options)["kl_mean"] is None
+    again = cli.json("evaluate", tmp_path / "packed", *options, "--reference", llama)
+    assert again["kl_mean"] == found["kl_mean"]
+    code, out, _ = cli.run("evaluate", llama, *options)
+    assert code == 0 and "KL, mean" in out
+    code, _, err = cli.run("evaluate", llama, "--texts", tmp_path / "absent.txt")
+    assert code == FAILED and "absent.txt" in err
+    code, _, err = cli.run("evaluate", llama, "--worst", "-1")
+    assert code == FAILED and "expected worst >= 0" in err
+
+
 def test_serve_says_what_it_needs(
     cli: CommandLine, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,7 +76,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--scale-kind", choices=("sub16", "group"))
     group.add_argument("--group-size", type=int, metavar="N", help="inputs that share a scale")
     group.add_argument("--asymmetric", action="store_true", help="with zero points")
-    group.add_argument("--activations", choices=("int8", "float"), default="int8")
+    group.add_argument(
+        "--activations", choices=("int8", "float"), help="default: int8 where it serves"
+    )
     group.add_argument("--act-group", type=int, choices=(32, 64, 128, -1))
     group.add_argument("--include", action="append", metavar="PATTERN", help="layers to pack")
     group.add_argument("--exclude", action="append", metavar="PATTERN", help="layers to leave")
