@@ -22,10 +22,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(VENV)/bin/python -m pip
 EXTENSION := torch_slmops/_C.abi3.so
 CPP_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inl')
-PY_FILES := setup.py torch_slmops tests benchmarks examples
+PY_FILES := setup.py torch_slmops tests benchmarks examples tools
 SOURCES := $(filter csrc/%,$(CPP_FILES))
 
 .PHONY: help demo test lint format bench build cpptest emulate-avx2 test-transformers test-encoder ci-full clean
+.PHONY: arm-cpp arm
 help:
 	@echo "make demo          set up, build, run examples/quickstart.py"
 	@echo "make test          set up, build, run the test suite"
@@ -35,6 +36,8 @@ help:
 	@echo "make build         set up, build the extension in place"
 	@echo "make cpptest       the C++ tests under AddressSanitizer and UBSan"
 	@echo "make emulate-avx2  a selection of the tests on an emulated CPU with AVX2 and no more"
+	@echo "make arm           AArch64: the C++ tests on emulated CPUs of every level, and a selection of the Python tests"
+	@echo "make arm-cpp       the first part of it"
 	@echo "make test-transformers  the tests of model families with several versions of transformers"
 	@echo "make test-encoder  optimized sentence embeddings of a trained encoder against float32 ones"
 	@echo "make ci-full       the checks that are too long for every commit"
@@ -92,6 +95,17 @@ cpptest:
 
 emulate-avx2: build $(VENV)/.stamp-dev
 	tools/emulate_avx2.sh $(VENV)/bin/python
+
+# The host is x86-64 with Debian's packages. .arm/ keeps the emulator, a root, torch's wheel and what is built with them.
+arm-cpp: $(VENV)/.stamp-run
+	PYTHON=$(VENV)/bin/python tools/arm/setup.sh
+	$(VENV)/bin/python tools/arm/build.py tests
+	tools/arm/levels.sh
+
+arm: arm-cpp $(VENV)/.stamp-dev
+	PYTHON=$(VENV)/bin/python tools/arm/setup.sh python
+	$(VENV)/bin/python tools/arm/build.py extension
+	tools/arm/python.sh
 
 TRANSFORMERS := 5.21 5.22 5.23 5.24
 test-transformers: build $(VENV)/.stamp-dev

@@ -15,7 +15,8 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).resolve().parent
-MACHINE = platform.machine()
+# macOS calls it arm64.
+MACHINE = platform.machine().replace("arm64", "aarch64")
 
 # torch 2.10, the first whose stable ABI has parallel_for and const data pointers.
 TORCH_TARGET_VERSION = "0x020a000000000000"
@@ -42,6 +43,7 @@ BASELINE_FLAGS = {
         "-march=x86-64 -mtune=generic"
         " -mno-sse3 -mno-popcnt -mno-lzcnt -mno-bmi -mno-bmi2 -mno-movbe"
     ).split(),
+    "aarch64": ["-march=armv8-a"],
 }.get(MACHINE, [])
 
 # Every ISA row: the machine it is for (None: all) and its flags. The file is csrc/isa/<row>.cpp.
@@ -51,6 +53,8 @@ ISAS: dict[str, tuple[str | None, list[str]]] = {
         "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c".split(),
     ),
     "avx2": ("x86_64", "-mavx2 -mfma -mf16c".split()),
+    "neon_i8mm": ("aarch64", ["-march=armv8.2-a+dotprod+i8mm"]),
+    "neon_dotprod": ("aarch64", ["-march=armv8.2-a+dotprod"]),
     "scalar": (None, []),
 }
 # No exceptions, type information or guarded statics: each would bring weak symbols, which the

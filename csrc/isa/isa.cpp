@@ -8,6 +8,11 @@
 #include <stdexcept>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace slmops {
@@ -57,6 +62,52 @@ uint32_t system_features() {
   return found;
 }
 
+#elif defined(__aarch64__)
+
+namespace neon_dotprod {
+extern const KernelTable kernels;
+}
+namespace neon_i8mm {
+extern const KernelTable kernels;
+}
+
+namespace {
+
+constexpr IsaRow kRows[] = {
+    {"neon_i8mm", kDot | kI8mm, &neon_i8mm::kernels},
+    {"neon_dotprod", kDot, &neon_dotprod::kernels},
+    {"scalar", 0, &scalar::kernels},
+};
+
+}  // namespace
+
+#if defined(__linux__)
+
+uint32_t system_features() {
+  uint32_t found = 0;
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found |= kDot;
+  if (getauxval(AT_HWCAP2) & HWCAP2_I8MM) found |= kI8mm;
+  return found;
+}
+
+#elif defined(__APPLE__)
+
+uint32_t system_features() {
+  const auto has = [](const char* name) {
+    int value = 0;
+    size_t size = sizeof(value);
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+  };
+  return (has("hw.optional.arm.FEAT_DotProd") ? kDot : 0) |
+         (has("hw.optional.arm.FEAT_I8MM") ? kI8mm : 0);
+}
+
+#else
+
+uint32_t system_features() { return 0; }
+
+#endif
+
 #else
 
 namespace {
@@ -75,10 +126,16 @@ struct FeatureName {
 };
 
 constexpr FeatureName kFeatureNames[] = {
-    {"avx2", kAvx2},          {"fma3", kFma},
-    {"f16c", kF16c},          {"avx512_f", kAvx512f},
-    {"avx512_bw", kAvx512bw}, {"avx512_vl", kAvx512vl},
-    {"avx512_dq", kAvx512dq}, {"avx512_vnni", kAvx512vnni},
+    {"avx2", kAvx2},
+    {"fma3", kFma},
+    {"f16c", kF16c},
+    {"avx512_f", kAvx512f},
+    {"avx512_bw", kAvx512bw},
+    {"avx512_vl", kAvx512vl},
+    {"avx512_dq", kAvx512dq},
+    {"avx512_vnni", kAvx512vnni},
+    {"dot", kDot},
+    {"i8mm", kI8mm},
 };
 
 constexpr uint32_t kNotGiven = 1u << 31;  // no feature has this bit

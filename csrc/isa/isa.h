@@ -16,6 +16,8 @@ enum Feature : uint32_t {
   kAvx512vl = 1u << 5,
   kAvx512dq = 1u << 6,
   kAvx512vnni = 1u << 7,
+  kDot = 1u << 16,
+  kI8mm = 1u << 17,
 };
 
 struct IsaRow {

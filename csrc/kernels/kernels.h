@@ -224,11 +224,11 @@ constexpr int64_t chunk_length(const Format& f) {
   const int64_t block = scale_block(f) > f.act_group ? scale_block(f) : f.act_group;
   return block >= kAbout ? block : kAbout / block * block;
 }
-/// Bytes of LinearArgs::scratch for blocks of `rows` rows: their sums, and a chunk of sub16 lines
-/// expanded to int8.
+/// Bytes of LinearArgs::scratch for blocks of `rows` rows: their sums, and a chunk's lines expanded
+/// to int8, of sub16 or for rows in pairs.
 constexpr int64_t scratch_bytes(const Format& f, int64_t rows) {
   const int64_t sums = rows * kTile * int64_t{sizeof(float)};
-  if (f.scale_kind != ScaleKind::sub16) return sums;
+  if (f.activations != Activations::int8) return sums;
   const int64_t length = chunk_length(f);
   return sums + (length < f.k_padded ? length : f.k_padded) * kTile;
 }

@@ -6,6 +6,7 @@
 // lanes are outputs, so a result depends on nothing but its own row and output.
 #pragma once
 #include "linear_float.h"
+#include "linear_pairs.h"
 
 namespace slmops::SLMOPS_ISA {
 namespace {
@@ -45,7 +46,7 @@ struct Step {
   const LinearArgs& args;
   int64_t begin, end;  // rows
   float* sums;         // 32 of each row
-  uint8_t* expanded;   // room for the chunk's lines as int8, sub16 only
+  uint8_t* expanded;   // room for the chunk's lines as int8
   Chunk chunk;
   int64_t chunk_bytes;
   int64_t k, act_group, unit;                            // the chunk's first
@@ -76,8 +77,23 @@ SLMOPS_INLINE void prefetch_share(const Step& s, int64_t row) {
   for (int64_t i = 0; i < share; i += kLineBytes) prefetch(next + i);
 }
 
+/// The same from operands, which are made first.
+template <int kBits, ZeroKind kZero>
+inline void group_pair_step(const Step& s) {
+  group_operands<Pairs, kBits>(*s.args.format, s.chunk, s.expanded);
+  for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
+    prefetch_share(s, row);
+    const PassRows rows = s.rows_at(row);
+    group_pass<kBits, kZero>(*s.args.format, s.chunk, half,
+                             PairDots<Pairs>{rows.codes, rows.code_stride, s.expanded}, rows, acc);
+  });
+}
+
 template <int kBits, ZeroKind kZero>
 inline void group_step(const Step& s) {
+  if constexpr (kPairs) {
+    if (s.end - s.begin >= kExpandRows) return group_pair_step<kBits, kZero>(s);
+  }
   for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
     if (s.end - s.begin > kShareRows) prefetch_share(s, row);
     const PassRows rows = s.rows_at(row);
@@ -98,16 +114,39 @@ inline void bits_step(const Step& s) {
   }
 }
 
+/// Stores 8 k of 16 outputs of sub16 as int8: as two lines, or as operands of pairs, which take as
+/// much room.
+template <class P>
+SLMOPS_INLINE void store_expanded(uint8_t* out, int half, Line low, Line high) {
+  if constexpr (kPairs) {
+    P::store_operands(out + half * kOperandBytes, low, high);
+  } else {
+    store_line(out + half * kLineBytes, low);
+    store_line(out + (2 + half) * kLineBytes, high);
+  }
+}
+
+template <class P>
+SLMOPS_INLINE auto expanded_dots(const PassRows& rows, const uint8_t* expanded) {
+  if constexpr (kPairs) {
+    return PairDots<P>{rows.codes, rows.code_stride, expanded};
+  } else {
+    return LineDots<8>{rows.codes, rows.code_stride};
+  }
+}
+
 inline void sub16_step(const Step& s) {
   const Format& f = *s.args.format;
   if (kExpandRows > 0 && s.end - s.begin >= kExpandRows) {
-    expand_chunk(s.chunk, s.expanded);
+    expand_chunk(s.chunk, s.expanded, [](uint8_t* out, int half, Line low, Line high) {
+      store_expanded<Pairs>(out, half, low, high);
+    });
     const Chunk lines = {s.expanded, s.chunk.count};
     for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
       prefetch_share(s, row);
       PassRows rows = s.rows_at(row);
       rows.presets += f.k_padded / kSubGroup - s.unit + s.act_group;
-      expanded_pass(f, lines, half, rows, acc);
+      expanded_pass(f, lines, half, expanded_dots<Pairs>(rows, s.expanded), rows, acc);
     });
   } else if (f.act_group >= kSubBlock) {
     for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {

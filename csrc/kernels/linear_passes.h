@@ -80,10 +80,10 @@ struct LineDots {
 
 /// t of an activation group, which the walk is moved past: t = 0; for its units t = fma(I, s, t).
 /// Presets are those of its first unit.
-template <int kBits, ZeroKind kZero, int kRows, int kLines>
-SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half,
-                               const LineDots<kBits>& dots, const int32_t* presets,
-                               int64_t preset_stride, F32 (&t)[kRows][kLines]) {
+template <int kBits, ZeroKind kZero, class Dots, int kRows, int kLines>
+SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, const Dots& dots,
+                               const int32_t* presets, int64_t preset_stride,
+                               F32 (&t)[kRows][kLines]) {
   constexpr int64_t kLineK = kBits == 4 ? 8 : 4;
   const int64_t unit = preset_unit(f);
   const int64_t scale_offset = f.group / kLineK * 2 * kLineBytes + half * 32;
@@ -128,10 +128,9 @@ SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half,
 }
 
 /// `group` lines: for activation groups a, acc = fma(t, s_a, acc).
-template <int kBits, ZeroKind kZero, int kRows, int kLines>
-SLMOPS_INLINE void group_pass(const Format& f, const Chunk& chunk, int half,
-                              const LineDots<kBits>& dots, const PassRows& rows,
-                              F32 (&acc)[kRows][kLines]) {
+template <int kBits, ZeroKind kZero, class Dots, int kRows, int kLines>
+SLMOPS_INLINE void group_pass(const Format& f, const Chunk& chunk, int half, const Dots& dots,
+                              const PassRows& rows, F32 (&acc)[kRows][kLines]) {
   GroupWalk walk = {chunk.lines, 0, 0};
   const int32_t* presets = rows.presets;
   const float* scale = rows.scale;
@@ -181,14 +180,12 @@ SLMOPS_INLINE void sub16_pass(const Format& f, const Chunk& chunk, int half, con
 }
 
 /// The same from lines that expand_chunk made; presets are those per activation group.
-template <int kRows, int kLines>
-SLMOPS_INLINE void expanded_pass(const Format& f, const Chunk& chunk, int half,
+template <class Dots, int kRows, int kLines>
+SLMOPS_INLINE void expanded_pass(const Format& f, const Chunk& chunk, int half, const Dots& dots,
                                  const PassRows& rows, F32 (&acc)[kRows][kLines]) {
-  const uint8_t* lines = chunk.lines + half * kLineBytes;
-  const int8_t* codes = rows.codes;
   const int32_t* presets = rows.presets;
   const float* scale = rows.scale;
-  for (const int8_t* last = codes + chunk.count; codes < last; ++presets) {
+  for (int64_t k = 0; k < chunk.count; k += f.act_group, ++presets) {
     I32 sum[kRows][kLines];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -197,16 +194,15 @@ SLMOPS_INLINE void expanded_pass(const Format& f, const Chunk& chunk, int half,
         sum[r][l] = splat_i32(presets[r * rows.preset_stride]);
       }
     }
-    for (const int8_t* end = codes + f.act_group; codes < end; codes += 16) {
-      add_int8<kRows, kLines>(lines, codes, rows.code_stride, sum);
-      lines += 8 * kLineBytes;
-    }
+    dots.add(chunk.lines + k / 4 * 2 * kLineBytes, half, k, f.act_group, sum);
     add_scaled<kRows, kLines>(sum, scale++, rows.scale_stride, acc);
   }
 }
 
-/// sub16 lines as int8 lines of u = v + 128.
-inline void expand_chunk(const Chunk& chunk, uint8_t* out) {
+/// sub16 lines as int8 lines of u = v + 128: store(out, half, k 0..3, k 4..7) for 8 k at a time,
+/// which take 4 lines of `out`.
+template <class Store>
+SLMOPS_INLINE void expand_chunk(const Chunk& chunk, uint8_t* out, const Store& store) {
   const uint8_t* block = chunk.lines;
   for (int64_t k = 0; k < chunk.count; k += kSubBlock, block += kSubBlockBytes) {
 #pragma GCC unroll 4
@@ -217,9 +213,8 @@ inline void expand_chunk(const Chunk& chunk, uint8_t* out) {
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
           const Line line = load_line(block + (4 * j + 2 * i + half) * kLineBytes);
-          uint8_t* lines = out + (4 * i + half) * kLineBytes;
-          store_line(lines, expand(low_nibbles(line), sub));
-          store_line(lines + 2 * kLineBytes, expand(high_nibbles(line), sub));
+          store(out + 4 * i * kLineBytes, half, expand(low_nibbles(line), sub),
+                expand(high_nibbles(line), sub));
         }
       }
     }

@@ -15,7 +15,9 @@ constexpr int kSubBlockRows = 0;
 constexpr int kStreamRows = 1;  // with more, each half of a tile is a pass of its own
 constexpr int32_t kDot8Bias = 128;
 constexpr int kExpandRows = 0;  // a u8 dot takes two multiplies and a sign here, a u4 dot one
-constexpr int kFloatSums = 4;   // 8 of 16 ymm
+constexpr bool kPairs = false;
+struct Pairs;
+constexpr int kFloatSums = 4;  // 8 of 16 ymm
 
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
@@ -38,6 +40,8 @@ struct Dot4 {
 struct Bytes {
   __m256i a, b, abs_a, abs_b;
 };
+/// Quads are broadcast from memory.
+using Codes = const int8_t*;
 
 inline F32 splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline F32 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -214,14 +218,15 @@ inline I32 lane_byte(Line x) {
   return {_mm256_and_si256(_mm256_srli_epi32(x.a, 8 * kByte), m),
           _mm256_and_si256(_mm256_srli_epi32(x.b, 8 * kByte), m)};
 }
+inline Codes load_codes(const int8_t* p) { return p; }
 inline __m256i splat_codes(const int8_t* a) {
   int32_t four;
   memcpy(&four, a, sizeof(four));
   return _mm256_set1_epi32(four);
 }
 inline Dot4 dot4_begin(I32 /*acc*/) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-inline Dot4 dot4(Dot4 d, Line u, const int8_t* a) {
-  const __m256i codes = splat_codes(a);
+inline Dot4 dot4(Dot4 d, Line u, Codes a, int quad) {
+  const __m256i codes = splat_codes(a + 4 * quad);
   return {_mm256_add_epi16(d.a, _mm256_maddubs_epi16(u.a, codes)),
           _mm256_add_epi16(d.b, _mm256_maddubs_epi16(u.b, codes))};
 }
@@ -251,8 +256,8 @@ inline Bytes bytes(Line x) {
   const __m256i a = _mm256_xor_si256(x.a, flip), b = _mm256_xor_si256(x.b, flip);
   return {a, b, _mm256_abs_epi8(a), _mm256_abs_epi8(b)};
 }
-inline I32 dot8(I32 acc, Bytes u, const int8_t* a) {
-  const __m256i codes = splat_codes(a), ones = _mm256_set1_epi16(1);
+inline I32 dot8(I32 acc, Bytes u, Codes a, int quad) {
+  const __m256i codes = splat_codes(a + 4 * quad), ones = _mm256_set1_epi16(1);
   const __m256i p = _mm256_maddubs_epi16(u.abs_a, _mm256_sign_epi8(codes, u.a));
   const __m256i q = _mm256_maddubs_epi16(u.abs_b, _mm256_sign_epi8(codes, u.b));
   return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(p, ones)),

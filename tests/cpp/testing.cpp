@@ -3,9 +3,11 @@
 
 namespace slmops {
 
+#if defined(__x86_64__)
 namespace avx512_emulated {
 extern const KernelTable kernels;
 }
+#endif
 
 namespace testing {
 
@@ -25,7 +27,9 @@ const std::vector<IsaRow>& other_rows() {
     for (int i = 0; i + 1 < count; ++i) {
       if ((offered & all[i].requires_features) == all[i].requires_features) list.push_back(all[i]);
     }
+#if defined(__x86_64__)
     list.push_back({"avx512_vnni, emulated", 0, &avx512_emulated::kernels});
+#endif
     return list;
   }();
   return found;
@@ -42,7 +46,7 @@ uint16_t to_half(DType type, uint32_t bits) {
   if (type == DType::bf16) return static_cast<uint16_t>(bits >> 16);
   float x;
   memcpy(&x, &bits, sizeof(x));
-  const _Float16 half = static_cast<_Float16>(x);
+  const Half half = static_cast<Half>(x);
   uint16_t out;
   memcpy(&out, &half, sizeof(out));
   return out;
