@@ -47,12 +47,16 @@ BASELINE_FLAGS = {
 }.get(MACHINE, [])
 
 # Every ISA row: the machine it is for (None: all) and its flags. The file is csrc/isa/<row>.cpp.
+AVX2_FLAGS = "-mavx2 -mfma -mf16c".split()
+AVX512_FLAGS = [
+    *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni".split(),
+    *AVX2_FLAGS,
+]
 ISAS: dict[str, tuple[str | None, list[str]]] = {
-    "avx512_vnni": (
-        "x86_64",
-        "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c".split(),
-    ),
-    "avx2": ("x86_64", "-mavx2 -mfma -mf16c".split()),
+    "amx": ("x86_64", ["-mamx-tile", "-mamx-int8", *AVX512_FLAGS]),
+    "avx512_vnni": ("x86_64", AVX512_FLAGS),
+    "avx_vnni": ("x86_64", ["-mavxvnni", *AVX2_FLAGS]),
+    "avx2": ("x86_64", AVX2_FLAGS),
     "neon_i8mm": ("aarch64", ["-march=armv8.2-a+dotprod+i8mm"]),
     "neon_dotprod": ("aarch64", ["-march=armv8.2-a+dotprod"]),
     "scalar": (None, []),

@@ -15,7 +15,9 @@ import torch_slmops
 from torch_slmops.isa import features, isa, isas, set_isa
 
 AVX2 = ["avx2", "fma3", "f16c"]
+AVX_VNNI = [*AVX2, "avx_vnni"]
 AVX512_VNNI = [*AVX2, "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni"]
+AMX = [*AVX512_VNNI, "amx_tile", "amx_int8"]
 
 # In cpuinfo's spelling, with some of the features that no row asks for.
 IMAGINARY_CPUS = {
@@ -26,12 +28,20 @@ IMAGINARY_CPUS = {
     "AVX2 without FMA": ("avx, avx2, f16c", "scalar"),
     "Haswell": (", ".join(["avx", "bmi2", *AVX2]), "avx2"),
     "Zen 3": (", ".join([*AVX2, "sha", "clwb"]), "avx2"),
-    "Alder Lake": (", ".join([*AVX2, "avx_vnni"]), "avx2"),
+    "Alder Lake": (", ".join(AVX_VNNI), "avx_vnni"),
+    "Lunar Lake": (", ".join([*AVX_VNNI, "avx_vnni_int8", "avx_ne_convert"]), "avx_vnni"),
+    "AVX-VNNI without FMA": ("avx, avx2, f16c, avx_vnni", "scalar"),
     "Skylake-X": (", ".join(AVX512_VNNI[:-1]), "avx2"),
     "Knights Mill": (", ".join([*AVX2, "avx512_f", "avx512_4vnniw"]), "avx2"),
     "Cascade Lake": (", ".join(AVX512_VNNI), "avx512_vnni"),
     "Zen 4": (", ".join([*AVX512_VNNI, "avx512_bf16"]), "avx512_vnni"),
-    "Sapphire Rapids": (", ".join([*AVX512_VNNI, "amx_tile", "amx_int8"]), "avx512_vnni"),
+    "Zen 5": (", ".join([*AVX512_VNNI, "avx512_bf16", "avx_vnni"]), "avx512_vnni"),
+    "Sapphire Rapids": (", ".join([*AMX, "avx_vnni", "amx_bf16", "avx512_fp16"]), "amx"),
+    "Sapphire Rapids, tiles of bf16 only": (
+        ", ".join([*AVX512_VNNI, "avx_vnni", "amx_tile", "amx_bf16"]),
+        "avx512_vnni",
+    ),
+    "AMX without AVX-512": (", ".join([*AVX_VNNI, "amx_tile", "amx_int8"]), "avx_vnni"),
 }
 
 select = torch.ops.slmops._select
@@ -55,16 +65,33 @@ def test_best_row(cpu: str) -> None:
 
 
 @x86_only
-@pytest.mark.parametrize("missing", AVX512_VNNI)
+@pytest.mark.parametrize("missing", AMX)
 def test_every_required_feature_counts(missing: str) -> None:
-    rest = ", ".join(name for name in AVX512_VNNI if name != missing)
+    lower = {**dict.fromkeys(AMX, "avx512_vnni"), **dict.fromkeys(AVX512_VNNI, "avx2")}
+    lower |= dict.fromkeys(AVX2, "scalar")
+    assert select(", ".join(name for name in AMX if name != missing), "") == lower[missing]
+
+
+@x86_only
+@pytest.mark.parametrize("missing", AVX_VNNI)
+def test_every_required_feature_of_avx_vnni_counts(missing: str) -> None:
+    rest = ", ".join(name for name in AVX_VNNI if name != missing)
     assert select(rest, "") == ("scalar" if missing in AVX2 else "avx2")
 
 
 @x86_only
-@pytest.mark.parametrize("cap", ["avx512_vnni", "avx2", "scalar"])
+@pytest.mark.parametrize("cap", ["amx", "avx512_vnni", "avx_vnni", "avx2", "scalar"])
 def test_cap(cap: str) -> None:
-    assert select(", ".join(AVX512_VNNI), cap) == cap
+    assert select(", ".join([*AMX, "avx_vnni"]), cap) == cap
+
+
+@x86_only
+def test_tiles_need_the_kernels_permission() -> None:
+    """Features that the CPU is said to have, but of whose use the kernel knows nothing."""
+    allowed = "amx_tile" in torch.ops.slmops._isa_features(True).split(", ")
+    torch.ops.slmops._set_features(", ".join(AMX))
+    assert ("amx_int8" in features()) == ("amx" in isas()) == allowed
+    assert isa() == ("amx" if allowed else "avx512_vnni")
 
 
 def test_scalar_runs_on_nothing() -> None:

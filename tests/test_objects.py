@@ -26,7 +26,7 @@ import importlib.util, glob, sys
 spec = importlib.util.spec_from_file_location("slmops_setup", "setup.py")
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
-build.ISAS = {row: build.ISAS[row] for row in ("avx2", "scalar")}
+build.ISAS = {row: build.ISAS[row] for row in ("avx_vnni", "avx2", "scalar")}
 build.sources = lambda: ["csrc/isa/isa.cpp", *glob.glob("csrc/pack/*.cpp")]
 build.main()
 """
@@ -136,7 +136,9 @@ def test_flags_win_over_a_users(row: str) -> None:
     )
     assert "__SSE2__" in macros
     assert "__FAST_MATH__" not in macros
-    assert ("__AVX512F__" in macros) == (row == "avx512_vnni")
+    assert ("__AVX512F__" in macros) == (row in ("amx", "avx512_vnni"))
+    assert ("__AMX_INT8__" in macros) == (row == "amx")
+    assert ("__AVXVNNI__" in macros) == (row == "avx_vnni")
     assert ("__AVX__" in macros) == ("__SSE3__" in macros) == (row != "scalar")
     assert "__BMI2__" not in macros
 
@@ -167,9 +169,47 @@ def test_baseline_objects_have_no_leaked_instructions(hostile: Path, name: str) 
     assert leaked == set()
 
 
+# What only EVEX can encode: masks, the wider registers, the upper half of the others. Without these
+# an instruction that both encodings have is one of VEX unless its line says {evex}.
+EVEX = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])\b|\{evex\}|\{1to")
+
+
+def dots(code: list[tuple[str, str]]) -> dict[str, int]:
+    """How many there are of each integer dot product instruction."""
+    # objdump writes the prefix of a VEX-encoded vpdpbusd in the place of the mnemonic.
+    found = [
+        f"{name} {operands.split()[0]}" if name == "{vex}" else name for name, operands in code
+    ]
+    return {name: found.count(name) for name in set(found) if re.search("vpdp|tdp", name)}
+
+
 @x86_only
-def test_avx2_object_has_no_avx512(hostile: Path) -> None:
-    code = instructions(hostile / "avx2" / "csrc" / "isa" / "avx2.o")
+@pytest.mark.parametrize("row", ["avx2", "avx_vnni"])
+def test_avx2_objects_have_no_avx512(hostile: Path, row: str) -> None:
+    code = instructions(hostile / row / "csrc" / "isa" / f"{row}.o")
     assert any("%ymm" in operands for _, operands in code)
-    avx512 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])\b")
-    assert [line for line in code if avx512.search(line[1])] == []
+    assert [line for line in code if EVEX.search(" ".join(line))] == []
+
+
+@x86_only
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("amx", {"tdpbsud", "vpdpbusd", "vpdpwssd"}),
+        ("avx512_vnni", {"vpdpbusd", "vpdpwssd"}),
+        ("avx_vnni", {"{vex} vpdpbusd", "{vex} vpdpwssd"}),
+        ("avx2", set()),
+        ("scalar", set()),
+    ],
+)
+def test_row_has_its_integer_dots(row: str, expected: set[str]) -> None:
+    found = dots(instructions(row_object(row)))
+    assert set(found) == expected
+    assert all(count >= 10 for count in found.values())
+
+
+@x86_only
+def test_tiles_are_configured_and_released() -> None:
+    """In one place each: what configures them has one way out."""
+    names = [name for name, _ in instructions(row_object("amx"))]
+    assert names.count("ldtilecfg") == names.count("tilerelease") == 1

@@ -7,12 +7,9 @@
 #include <iterator>
 #include <stdexcept>
 #if defined(__x86_64__)
-#include <cpuid.h>
-#elif defined(__aarch64__) && defined(__linux__)
-#include <asm/hwcap.h>
-#include <sys/auxv.h>
-#elif defined(__aarch64__) && defined(__APPLE__)
-#include <sys/sysctl.h>
+#include "x86_features.h"
+#elif defined(__aarch64__)
+#include "arm_features.h"
 #endif
 
 namespace slmops {
@@ -26,7 +23,13 @@ extern const KernelTable kernels;
 namespace avx2 {
 extern const KernelTable kernels;
 }
+namespace avx_vnni {
+extern const KernelTable kernels;
+}
 namespace avx512_vnni {
+extern const KernelTable kernels;
+}
+namespace amx {
 extern const KernelTable kernels;
 }
 
@@ -35,32 +38,19 @@ namespace {
 constexpr uint32_t kAvx2Row = kAvx2 | kFma | kF16c;
 constexpr uint32_t kAvx512VnniRow =
     kAvx2Row | kAvx512f | kAvx512bw | kAvx512vl | kAvx512dq | kAvx512vnni;
+constexpr uint32_t kAmxRow = kAvx512VnniRow | kAmxTile | kAmxInt8;
 
 constexpr IsaRow kRows[] = {
+    {"amx", kAmxRow, &amx::kernels},
     {"avx512_vnni", kAvx512VnniRow, &avx512_vnni::kernels},
+    {"avx_vnni", kAvx2Row | kAvxVnni, &avx_vnni::kernels},
     {"avx2", kAvx2Row, &avx2::kernels},
     {"scalar", 0, &scalar::kernels},
 };
 
 }  // namespace
 
-uint32_t system_features() {
-  __builtin_cpu_init();
-  uint32_t found = 0;
-  // The built-in takes literals only, and it also asks XCR0 whether the system saves the registers.
-  if (__builtin_cpu_supports("avx2")) found |= kAvx2;
-  if (__builtin_cpu_supports("fma")) found |= kFma;
-  // Clang 14 does not know the name f16c; that the system saves its registers is AVX's to say.
-  unsigned a, b, c, d;
-  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
-  if (f16c && __builtin_cpu_supports("avx")) found |= kF16c;
-  if (__builtin_cpu_supports("avx512f")) found |= kAvx512f;
-  if (__builtin_cpu_supports("avx512bw")) found |= kAvx512bw;
-  if (__builtin_cpu_supports("avx512vl")) found |= kAvx512vl;
-  if (__builtin_cpu_supports("avx512dq")) found |= kAvx512dq;
-  if (__builtin_cpu_supports("avx512vnni")) found |= kAvx512vnni;
-  return found;
-}
+uint32_t system_features() { return x86_features(); }
 
 #elif defined(__aarch64__)
 
@@ -79,34 +69,11 @@ constexpr IsaRow kRows[] = {
     {"scalar", 0, &scalar::kernels},
 };
 
+uint32_t permitted(uint32_t features) { return features; }
+
 }  // namespace
 
-#if defined(__linux__)
-
-uint32_t system_features() {
-  uint32_t found = 0;
-  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found |= kDot;
-  if (getauxval(AT_HWCAP2) & HWCAP2_I8MM) found |= kI8mm;
-  return found;
-}
-
-#elif defined(__APPLE__)
-
-uint32_t system_features() {
-  const auto has = [](const char* name) {
-    int value = 0;
-    size_t size = sizeof(value);
-    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
-  };
-  return (has("hw.optional.arm.FEAT_DotProd") ? kDot : 0) |
-         (has("hw.optional.arm.FEAT_I8MM") ? kI8mm : 0);
-}
-
-#else
-
-uint32_t system_features() { return 0; }
-
-#endif
+uint32_t system_features() { return arm_features(); }
 
 #else
 
@@ -115,6 +82,10 @@ constexpr IsaRow kRows[] = {{"scalar", 0, &scalar::kernels}};
 }
 
 uint32_t system_features() { return 0; }
+
+namespace {
+uint32_t permitted(uint32_t features) { return features; }
+}  // namespace
 
 #endif
 
@@ -126,15 +97,12 @@ struct FeatureName {
 };
 
 constexpr FeatureName kFeatureNames[] = {
-    {"avx2", kAvx2},
-    {"fma3", kFma},
-    {"f16c", kF16c},
-    {"avx512_f", kAvx512f},
-    {"avx512_bw", kAvx512bw},
-    {"avx512_vl", kAvx512vl},
-    {"avx512_dq", kAvx512dq},
-    {"avx512_vnni", kAvx512vnni},
-    {"dot", kDot},
+    {"avx2", kAvx2},          {"fma3", kFma},
+    {"f16c", kF16c},          {"avx512_f", kAvx512f},
+    {"avx512_bw", kAvx512bw}, {"avx512_vl", kAvx512vl},
+    {"avx512_dq", kAvx512dq}, {"avx512_vnni", kAvx512vnni},
+    {"avx_vnni", kAvxVnni},   {"amx_tile", kAmxTile},
+    {"amx_int8", kAmxInt8},   {"dot", kDot},
     {"i8mm", kI8mm},
 };
 
@@ -212,7 +180,7 @@ const IsaRow& current() {
 }
 
 void set_features(uint32_t features) {
-  given_features.store(features, std::memory_order_release);
+  given_features.store(permitted(features), std::memory_order_release);
   chosen.store(nullptr, std::memory_order_release);
 }
 

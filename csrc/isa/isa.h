@@ -16,6 +16,9 @@ enum Feature : uint32_t {
   kAvx512vl = 1u << 5,
   kAvx512dq = 1u << 6,
   kAvx512vnni = 1u << 7,
+  kAvxVnni = 1u << 8,
+  kAmxTile = 1u << 9,
+  kAmxInt8 = 1u << 10,
   kDot = 1u << 16,
   kI8mm = 1u << 17,
 };
@@ -43,14 +46,16 @@ std::string feature_names(uint32_t features);
 /// Names of the rows that `features` can run, best first, comma-separated.
 std::string runnable(uint32_t features);
 
-/// What the operating system and CPU offer, asked without torch.
+/// What the operating system and CPU offer, asked without torch. Where a row needs the kernel's
+/// permission, this asks for it.
 uint32_t system_features();
 
 /// The row in use. First call: select(features given by set_features or system_features(),
 /// $SLMOPS_ISA); throws std::runtime_error, with the valid names, if that variable names no row or
 /// one that cannot run.
 const IsaRow& current();
-/// Replaces the features (from cpuinfo, at import); forgets the current row.
+/// Replaces the features (from cpuinfo, at import) by those of them that the kernel permits;
+/// forgets the current row.
 void set_features(uint32_t features);
 uint32_t features();
 /// Caps the row; false if it is unknown or cannot run here.

@@ -224,13 +224,38 @@ constexpr int64_t chunk_length(const Format& f) {
   const int64_t block = scale_block(f) > f.act_group ? scale_block(f) : f.act_group;
   return block >= kAbout ? block : kAbout / block * block;
 }
-/// Bytes of LinearArgs::scratch for blocks of `rows` rows: their sums, and a chunk's lines expanded
-/// to int8, of sub16 or for rows in pairs.
+/// Rows from which an ISA row with a matrix unit may use it, up to how many at a time, and the
+/// integer sums that it makes of each before they are used.
+constexpr int64_t kMatrixRows = 16, kMostMatrixRows = 32, kMostMatrixUnits = 32;
+/// k whose integer sums a matrix unit makes before they are used: whole activation groups, about
+/// 256, so that the sums of 32 rows by groups of 32 are 32 KiB.
+constexpr int64_t matrix_span(const Format& f) {
+  constexpr int64_t kAbout = 256;
+  const int64_t span = f.act_group >= kAbout ? f.act_group : kAbout / f.act_group * f.act_group;
+  return span < f.k_padded ? span : f.k_padded;
+}
+/// k that share one integer sum where a matrix unit makes it.
+constexpr int64_t matrix_unit(const Format& f) {
+  return f.scale_kind == ScaleKind::sub16 ? f.act_group : preset_unit(f);
+}
+/// Whether a matrix unit may be used. Not for many groups of weights in one of activations: all
+/// their sums would have to wait for it.
+constexpr bool fits_matrix(const Format& f, int64_t rows) {
+  return rows >= kMatrixRows && f.activations == Activations::int8 &&
+         matrix_span(f) / matrix_unit(f) <= kMostMatrixUnits;
+}
+/// Bytes of LinearArgs::scratch for blocks of `rows` rows: their sums; a chunk of lines expanded to
+/// int8; for a matrix unit the integer sums of a span.
 constexpr int64_t scratch_bytes(const Format& f, int64_t rows) {
-  const int64_t sums = rows * kTile * int64_t{sizeof(float)};
-  if (f.activations != Activations::int8) return sums;
-  const int64_t length = chunk_length(f);
-  return sums + (length < f.k_padded ? length : f.k_padded) * kTile;
+  int64_t bytes = rows * kTile * int64_t{sizeof(float)};
+  const bool matrix = fits_matrix(f, rows);
+  if (f.activations == Activations::int8) {
+    const int64_t length = chunk_length(f);
+    bytes += (length < f.k_padded ? length : f.k_padded) * kTile;
+  }
+  if (!matrix) return bytes;
+  return bytes +
+         matrix_span(f) / matrix_unit(f) * kMostMatrixRows * kTile * int64_t{sizeof(int32_t)};
 }
 /// Floats of QuantizeArgs::scratch: 16 transposed weight rows, once more normalised, and their
 /// groups' scales.

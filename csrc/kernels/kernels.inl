@@ -1,4 +1,11 @@
 // One ISA row: all kernels over the SIMD header that the including file chose, and their table.
+//
+// A row with a matrix unit names the header of that part of the contract in SLMOPS_MATRIX.
+#ifndef SLMOPS_MATRIX
+#define SLMOPS_MATRIX "../simd/no_matrix.h"
+#endif
+#include SLMOPS_MATRIX
+
 #include "attention.h"
 #include "embedding.h"
 #include "gate.h"

@@ -5,156 +5,44 @@
 // rows at a time; between chunks the fp32 sums wait in scratch. k is walked once, upwards, and
 // lanes are outputs, so a result depends on nothing but its own row and output.
 #pragma once
-#include "linear_float.h"
+#include "linear_matrix.h"
 #include "linear_pairs.h"
 
 namespace slmops::SLMOPS_ISA {
 namespace {
 
-/// Halves of a tile that a pass keeps in registers.
-template <int kRows>
-constexpr int kPassLines = kRows <= kWideRows ? 2 : 1;
-
-/// Calls pass(acc, half, row) for all rows, kMaxRows at a time, and all halves; `sums` has 32 per
-/// row.
-template <class Pass>
-SLMOPS_INLINE void for_passes(int64_t begin, int64_t end, float* sums, const Pass& pass) {
-  for (int64_t row = begin; row < end; row += kMaxRows) {
-    with_constant<kMaxRows>(end - row < kMaxRows ? end - row : kMaxRows, [&](auto count) {
-      constexpr int kRows = decltype(count)::value, kLines = kPassLines<kRows>;
-      for (int half = 0; half < 2; half += kLines) {
-        float* mine = sums + (row - begin) * kTile + half * kLanes;
-        F32 acc[kRows][kLines];
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-          for (int l = 0; l < kLines; ++l) acc[r][l] = load(mine + r * kTile + l * kLanes);
-        }
-        pass(acc, half, row);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-          for (int l = 0; l < kLines; ++l) store(mine + r * kTile + l * kLanes, acc[r][l]);
-        }
-      }
-    });
-  }
-}
-
-/// A block of rows at one chunk of a tile.
-struct Step {
-  const LinearArgs& args;
-  int64_t begin, end;  // rows
-  float* sums;         // 32 of each row
-  uint8_t* expanded;   // room for the chunk's lines as int8
-  Chunk chunk;
-  int64_t chunk_bytes;
-  int64_t k, act_group, unit;                            // the chunk's first
-  int64_t act_groups, presets_per_row, presets_per_act;  // of a whole row, of an activation group
-
-  PassRows rows_at(int64_t row) const {
-    const int64_t k_padded = args.format->k_padded;
-    return {args.rows.codes + row * k_padded + k,
-            k_padded,
-            args.rows.scale + row * act_groups + act_group,
-            act_groups,
-            args.rows.presets + row * presets_per_row + unit,
-            presets_per_row,
-            presets_per_act};
-  }
-};
-
-constexpr int64_t kShareRows = 64;
-constexpr int kNextLines = 16;  // 0 to 6 % of the time of 1 to 4 rows; 64 cost 10 % (Zen 4)
-
-/// Asks for the bytes after the chunk, a share of them at each of its passes, so that memory works
-/// while the passes over lines in the cache do. With larger shares than those of 64 rows it costs
-/// more than it brings, unless expanding goes between (Zen 4).
-SLMOPS_INLINE void prefetch_share(const Step& s, int64_t row) {
-  const int64_t passes = (s.end - s.begin + kMaxRows - 1) / kMaxRows;
-  const int64_t share = (s.chunk_bytes / kLineBytes + passes - 1) / passes * kLineBytes;
-  const uint8_t* next = s.chunk.lines + s.chunk_bytes + (row - s.begin) / kMaxRows * share;
-  for (int64_t i = 0; i < share; i += kLineBytes) prefetch(next + i);
-}
-
-/// The same from operands, which are made first.
-template <int kBits, ZeroKind kZero>
-inline void group_pair_step(const Step& s) {
-  group_operands<Pairs, kBits>(*s.args.format, s.chunk, s.expanded);
-  for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
-    prefetch_share(s, row);
-    const PassRows rows = s.rows_at(row);
-    group_pass<kBits, kZero>(*s.args.format, s.chunk, half,
-                             PairDots<Pairs>{rows.codes, rows.code_stride, s.expanded}, rows, acc);
-  });
-}
-
+// Overloads without and with a matrix unit.
 template <int kBits, ZeroKind kZero>
 inline void group_step(const Step& s) {
   if constexpr (kPairs) {
-    if (s.end - s.begin >= kExpandRows) return group_pair_step<kBits, kZero>(s);
+    if (s.end - s.begin >= kExpandRows) return group_pair_step<Pairs, kBits, kZero>(s);
   }
   for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
     if (s.end - s.begin > kShareRows) prefetch_share(s, row);
-    const PassRows rows = s.rows_at(row);
-    group_pass<kBits, kZero>(*s.args.format, s.chunk, half,
+    const PassRows rows = s.rows_at(row, 0);
+    group_pass<kBits, kZero>(*s.args.format, {s.chunk.lines, 0, 0}, s.chunk.count, half,
                              LineDots<kBits>{rows.codes, rows.code_stride}, rows, acc);
   });
-}
-
-template <int kBits>
-inline void bits_step(const Step& s) {
-  switch (s.args.format->zero_kind) {
-    case ZeroKind::none:
-      return group_step<kBits, ZeroKind::none>(s);
-    case ZeroKind::int16:
-      return group_step<kBits, ZeroKind::int16>(s);
-    case ZeroKind::floating:
-      return group_step<kBits, ZeroKind::floating>(s);
-  }
-}
-
-/// Stores 8 k of 16 outputs of sub16 as int8: as two lines, or as operands of pairs, which take as
-/// much room.
-template <class P>
-SLMOPS_INLINE void store_expanded(uint8_t* out, int half, Line low, Line high) {
-  if constexpr (kPairs) {
-    P::store_operands(out + half * kOperandBytes, low, high);
-  } else {
-    store_line(out + half * kLineBytes, low);
-    store_line(out + (2 + half) * kLineBytes, high);
-  }
-}
-
-template <class P>
-SLMOPS_INLINE auto expanded_dots(const PassRows& rows, const uint8_t* expanded) {
-  if constexpr (kPairs) {
-    return PairDots<P>{rows.codes, rows.code_stride, expanded};
-  } else {
-    return LineDots<8>{rows.codes, rows.code_stride};
-  }
 }
 
 inline void sub16_step(const Step& s) {
   const Format& f = *s.args.format;
   if (kExpandRows > 0 && s.end - s.begin >= kExpandRows) {
-    expand_chunk(s.chunk, s.expanded, [](uint8_t* out, int half, Line low, Line high) {
-      store_expanded<Pairs>(out, half, low, high);
-    });
-    const Chunk lines = {s.expanded, s.chunk.count};
+    if constexpr (kPairs) return sub16_pair_step<Pairs>(s);
+    expand_chunk(s.chunk, s.room, store_lines);
+    const Chunk lines = {s.room, s.chunk.count};
     for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
       prefetch_share(s, row);
-      PassRows rows = s.rows_at(row);
-      rows.presets += f.k_padded / kSubGroup - s.unit + s.act_group;
-      expanded_pass(f, lines, half, expanded_dots<Pairs>(rows, s.expanded), rows, acc);
+      const PassRows rows = s.expanded_rows_at(row, 0);
+      expanded_pass(f, lines, half, LineDots<8>{rows.codes, rows.code_stride}, rows, acc);
     });
   } else if (f.act_group >= kSubBlock) {
     for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
-      sub16_pass<true>(f, s.chunk, half, s.rows_at(row), acc);
+      sub16_pass<true>(f, s.chunk, half, s.rows_at(row, 0), acc);
     });
   } else {
     for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
-      sub16_pass<false>(f, s.chunk, half, s.rows_at(row), acc);
+      sub16_pass<false>(f, s.chunk, half, s.rows_at(row, 0), acc);
     });
   }
 }
@@ -208,6 +96,55 @@ inline void finish_tile(const LinearArgs& args, const uint8_t* own_scales, int64
   }
 }
 
+/// The step of a format with int8 activations; `matrix` is nothing or the row's matrix unit.
+template <class... M>
+inline void int8_step(const Step& s, const M&... matrix) {
+  const Format& f = *s.args.format;
+  const auto with_zero = [&](auto bits) {
+    constexpr int kBits = decltype(bits)::value;
+    switch (f.zero_kind) {
+      case ZeroKind::none:
+        return group_step<kBits, ZeroKind::none>(s, matrix...);
+      case ZeroKind::int16:
+        return group_step<kBits, ZeroKind::int16>(s, matrix...);
+      case ZeroKind::floating:
+        return group_step<kBits, ZeroKind::floating>(s, matrix...);
+    }
+  };
+  if (f.scale_kind == ScaleKind::sub16) return sub16_step(s, matrix...);
+  if (f.bits == 4) return with_zero(Int<4>{});
+  with_zero(Int<8>{});
+}
+
+/// Calls step(s) at every chunk of a tile, in order.
+template <class Body>
+SLMOPS_INLINE void for_chunks(Step& s, int64_t length, const Body& step) {
+  const Format& f = *s.args.format;
+  const int64_t chunk_act_groups = length / f.act_group, chunk_units = length / preset_unit(f);
+  for (; s.k < f.k_padded; s.k += length) {
+    if (f.k_padded - s.k < length) s.chunk.count = f.k_padded - s.k;
+    step(s);
+    s.chunk.lines += s.chunk_bytes;
+    s.act_group += chunk_act_groups;
+    s.unit += chunk_units;
+  }
+}
+
+/// The same on the matrix unit of the row, where it has one and the format and the number of rows
+/// suit it.
+template <class M>
+SLMOPS_INLINE bool matrix_chunks(Step& s, int64_t length) {
+  if constexpr (M::kRows != 0) {
+    static_assert(M::kRows == kMatrixRows && 2 * M::kRows == kMostMatrixRows);
+    if (fits_matrix(*s.args.format, s.end - s.begin)) {
+      const M matrix(matrix_unit(*s.args.format));
+      for_chunks(s, length, [&](const Step& step) { int8_step(step, matrix); });
+      return true;
+    }
+  }
+  return false;
+}
+
 /// The table's entry: every format and activation mode.
 inline void linear(const LinearArgs& args, int64_t tile_index, int64_t begin, int64_t end) {
   const Format& f = *args.format;
@@ -222,7 +159,7 @@ inline void linear(const LinearArgs& args, int64_t tile_index, int64_t begin, in
             .begin = begin,
             .end = end,
             .sums = sums,
-            .expanded = args.scratch + sum_bytes,
+            .room = args.scratch + sum_bytes,
             .chunk = {tile, length},
             .chunk_bytes = length / block * f.group_bytes,
             .k = 0,
@@ -231,21 +168,10 @@ inline void linear(const LinearArgs& args, int64_t tile_index, int64_t begin, in
             .act_groups = f.k_padded / f.act_group,
             .presets_per_row = presets_per_row(f),
             .presets_per_act = f.act_group / unit};
-  const int64_t chunk_act_groups = length / f.act_group, chunk_units = length / unit;
-  for (; s.k < f.k_padded; s.k += length) {
-    if (f.k_padded - s.k < length) s.chunk.count = f.k_padded - s.k;
-    if (f.activations != Activations::int8) {
-      float_step(s);
-    } else if (f.scale_kind == ScaleKind::sub16) {
-      sub16_step(s);
-    } else if (f.bits == 4) {
-      bits_step<4>(s);
-    } else {
-      bits_step<8>(s);
-    }
-    s.chunk.lines += s.chunk_bytes;
-    s.act_group += chunk_act_groups;
-    s.unit += chunk_units;
+  if (f.activations != Activations::int8) {
+    for_chunks(s, length, float_step);
+  } else if (!matrix_chunks<Matrix>(s, length)) {
+    for_chunks(s, length, [](const Step& step) { int8_step(step); });
   }
   // What follows in memory is the next tile: memory works while this one is finished.
   if (end - begin <= kStreamRows) {

@@ -4,7 +4,7 @@
 // What `Pairs` has of the SIMD contract stands in scalar.h. The sums are the same int32 as those of
 // linear_dots.h.
 #pragma once
-#include "linear_passes.h"
+#include "linear_steps.h"
 
 namespace slmops::SLMOPS_ISA {
 namespace {
@@ -78,6 +78,31 @@ inline void group_operands(const Format& f, const Chunk& chunk, uint8_t* out) {
       line += kBits == 4 ? 2 * kLineBytes : 4 * kLineBytes;
     }
   }
+}
+
+template <class P, int kBits, ZeroKind kZero>
+inline void group_pair_step(const Step& s) {
+  const Format& f = *s.args.format;
+  group_operands<P, kBits>(f, s.chunk, s.room);
+  for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
+    prefetch_share(s, row);
+    const PassRows rows = s.rows_at(row, 0);
+    group_pass<kBits, kZero>(f, {s.chunk.lines, 0, 0}, s.chunk.count, half,
+                             PairDots<P>{rows.codes, rows.code_stride, s.room}, rows, acc);
+  });
+}
+
+template <class P>
+inline void sub16_pair_step(const Step& s) {
+  const Format& f = *s.args.format;
+  expand_chunk(s.chunk, s.room, [](uint8_t* out, int half, Line low, Line high) {
+    P::store_operands(out + half * kOperandBytes, low, high);
+  });
+  for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
+    prefetch_share(s, row);
+    const PassRows rows = s.expanded_rows_at(row, 0);
+    expanded_pass(f, s.chunk, half, PairDots<P>{rows.codes, rows.code_stride, s.room}, rows, acc);
+  });
 }
 
 }  // namespace

@@ -53,9 +53,23 @@ struct GroupWalk {
   const uint8_t* group;
   int64_t in_group;  // k of the group behind it
   int64_t k;         // of the chunk behind it
+
+  template <int kBits>
+  SLMOPS_INLINE const uint8_t* lines() const {
+    return group + in_group * (kTile * kBits / 8);
+  }
+  SLMOPS_INLINE void advance(const Format& f, int64_t unit) {
+    k += unit;
+    in_group += unit;
+    if (in_group == f.group) {
+      in_group = 0;
+      group += f.group_bytes;
+    }
+  }
 };
 
-/// The integer dots of a unit, `k` of the chunk behind it.
+/// The integer dots of a unit, `k` of the chunk behind it, are added to `sum`. Passes ask for
+/// units in order.
 template <int kBits>
 struct LineDots {
   const int8_t* codes;
@@ -81,7 +95,7 @@ struct LineDots {
 /// t of an activation group, which the walk is moved past: t = 0; for its units t = fma(I, s, t).
 /// Presets are those of its first unit.
 template <int kBits, ZeroKind kZero, class Dots, int kRows, int kLines>
-SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, const Dots& dots,
+SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, Dots& dots,
                                const int32_t* presets, int64_t preset_stride,
                                F32 (&t)[kRows][kLines]) {
   constexpr int64_t kLineK = kBits == 4 ? 8 : 4;
@@ -103,7 +117,7 @@ SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, const
             start_sums<kBits, kZero>(presets[r * preset_stride], scales + kLineBytes + l * 32);
       }
     }
-    dots.add(walk->group + walk->in_group / kLineK * 2 * kLineBytes, half, walk->k, unit, sum);
+    dots.add(walk->lines<kBits>(), half, walk->k, unit, sum);
 #pragma GCC unroll 2
     for (int l = 0; l < kLines; ++l) {
       const F32 s = load_scale(f.scale_type, scales + l * 32);
@@ -118,23 +132,17 @@ SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, const
         }
       }
     }
-    walk->k += unit;
-    walk->in_group += unit;
-    if (walk->in_group == f.group) {
-      walk->in_group = 0;
-      walk->group += f.group_bytes;
-    }
+    walk->advance(f, unit);
   }
 }
 
-/// `group` lines: for activation groups a, acc = fma(t, s_a, acc).
+/// `group` lines from `walk` to k == end: for activation groups a, acc = fma(t, s_a, acc).
 template <int kBits, ZeroKind kZero, class Dots, int kRows, int kLines>
-SLMOPS_INLINE void group_pass(const Format& f, const Chunk& chunk, int half, const Dots& dots,
+SLMOPS_INLINE void group_pass(const Format& f, GroupWalk walk, int64_t end, int half, Dots dots,
                               const PassRows& rows, F32 (&acc)[kRows][kLines]) {
-  GroupWalk walk = {chunk.lines, 0, 0};
   const int32_t* presets = rows.presets;
   const float* scale = rows.scale;
-  while (walk.k < chunk.count) {
+  while (walk.k < end) {
     F32 t[kRows][kLines];
     group_terms<kBits, kZero>(f, &walk, half, dots, presets, rows.preset_stride, t);
     presets += rows.presets_per_act;
@@ -181,7 +189,7 @@ SLMOPS_INLINE void sub16_pass(const Format& f, const Chunk& chunk, int half, con
 
 /// The same from lines that expand_chunk made; presets are those per activation group.
 template <class Dots, int kRows, int kLines>
-SLMOPS_INLINE void expanded_pass(const Format& f, const Chunk& chunk, int half, const Dots& dots,
+SLMOPS_INLINE void expanded_pass(const Format& f, const Chunk& chunk, int half, Dots dots,
                                  const PassRows& rows, F32 (&acc)[kRows][kLines]) {
   const int32_t* presets = rows.presets;
   const float* scale = rows.scale;
@@ -194,9 +202,15 @@ SLMOPS_INLINE void expanded_pass(const Format& f, const Chunk& chunk, int half, 
         sum[r][l] = splat_i32(presets[r * rows.preset_stride]);
       }
     }
-    dots.add(chunk.lines + k / 4 * 2 * kLineBytes, half, k, f.act_group, sum);
+    dots.add(chunk.lines + k * kTile, half, k, f.act_group, sum);
     add_scaled<kRows, kLines>(sum, scale++, rows.scale_stride, acc);
   }
+}
+
+/// Stores 8 k of 16 outputs as two lines.
+SLMOPS_INLINE void store_lines(uint8_t* out, int half, Line low, Line high) {
+  store_line(out + half * kLineBytes, low);
+  store_line(out + (2 + half) * kLineBytes, high);
 }
 
 /// sub16 lines as int8 lines of u = v + 128: store(out, half, k 0..3, k 4..7) for 8 k at a time,

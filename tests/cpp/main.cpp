@@ -9,7 +9,7 @@ int main(int argc, char** argv) {
   const bool full = argc > 1 && std::string(argv[1]) == "full";
   const int cases = full ? 10 : 1;
   std::printf("rows: scalar");
-  for (const auto& row : other_rows()) std::printf("; %s", row.name);
+  for (const auto& row : linear_rows()) std::printf("; %s", row.name);
   std::printf("\n");
   const auto step = [](const char* name, const auto& test) {
     std::printf("%s\n", name);
@@ -21,6 +21,8 @@ int main(int argc, char** argv) {
   step("fp_scope", [] { test_fp_scope(); });
   step("convert", [&] { test_convert(full); });
   step("kernels", [&] { test_kernels(300 * cases); });
+  step("matrix", [&] { test_matrix(12 * cases); });
+  step("tiles", [] { test_tiles(); });
   step("limits", [] { test_limits(); });
   step("activations", [&] { test_activations(full); });
   step("vectors", [&] { test_vectors(1000 * cases); });

@@ -14,13 +14,26 @@ if ! "$cxx" --version | grep -q clang; then
   sanitizers+=" --param asan-instrumentation-with-call-threshold=0"
 fi
 
+# idle FEATURE...: flags for a row that this CPU lacks a feature of. It is linked, but does not run.
+idle() {
+  local feature
+  for feature; do
+    grep -qw "$feature" /proc/cpuinfo || { echo "-O0 -fno-sanitize=all"; return; }
+  done
+}
+
 # objects: one "object flags source" a line.
 objects() {
   local avx2="-mavx2 -mfma -mf16c" source
+  local avx512="$avx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni"
   echo "row_scalar.o csrc/isa/scalar.cpp"
   if [[ $(uname -m) == x86_64 ]]; then
     echo "row_avx2.o $avx2 csrc/isa/avx2.cpp"
-    echo "row_avx512_vnni.o $avx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni csrc/isa/avx512_vnni.cpp"
+    echo "row_avx_vnni.o $avx2 -mavxvnni $(idle avx_vnni) csrc/isa/avx_vnni.cpp"
+    echo "row_avx512_vnni.o $avx512 $(idle avx512_vnni) csrc/isa/avx512_vnni.cpp"
+    echo "row_amx.o $avx512 -mamx-tile -mamx-int8 $(idle amx_tile amx_int8) csrc/isa/amx.cpp"
+    echo "avx_vnni_emulated.o $avx2 tests/cpp/x86/avx_vnni_emulated.cpp"
+    echo "avx_vnni_reencoded.o $avx2 -mavxvnni tests/cpp/x86/avx_vnni_reencoded.cpp"
   fi
   for source in csrc/isa/isa.cpp csrc/pack/*.cpp tests/cpp/*.cpp; do
     source_name=${source%.cpp}
@@ -37,7 +50,13 @@ build() {
       [[ -z $(find csrc tests/cpp -path '*/build' -prune -o -type f -newer "$dir/$object" -print -quit) ]]; then
       continue
     fi
-    echo "$cxx $common $flags -c -o $dir/$object $rest"
+    if [[ $object == *_reencoded.o ]]; then
+      # Without the prefix that asks for VEX the assembler takes the EVEX form of an instruction.
+      asm=$dir/${object%.o}.s
+      echo "$cxx $common $flags -S -o $asm $rest && sed -i 's/{vex}//' $asm && $cxx -c -o $dir/$object $asm"
+    else
+      echo "$cxx $common $flags -c -o $dir/$object $rest"
+    fi
   done | xargs -r -P "$jobs" -d '\n' -n 1 bash -c
   # shellcheck disable=SC2086
   $cxx $flags -o "$dir/tests" "$dir"/*.o

@@ -91,7 +91,7 @@ void test_linear(Packed& packed, int64_t m, Random& random) {
   const Inputs in(f, m, random);
   Outputs expected(in);
   run(*scalar_row().kernels, packed, in, m + 1, &expected);
-  for (const IsaRow& row : other_rows()) {
+  for (const IsaRow& row : linear_rows()) {
     const int64_t block = random.integer(1, m + 1);
     Outputs got(in);
     run(*row.kernels, packed, in, block, &got);
@@ -112,7 +112,7 @@ void test_embedding(Packed& packed, Random& random) {
   Block<uint8_t> expected(ids.count() * f.k * size_of(type));
   scalar_row().kernels->embedding(f, packed.data.data(), ids.data(), ids.count(), type,
                                   expected.data());
-  for (const IsaRow& row : other_rows()) {
+  for (const IsaRow& row : linear_rows()) {
     Block<uint8_t> got(expected.count());
     row.kernels->embedding(f, packed.data.data(), ids.data(), ids.count(), type, got.data());
     EXPECT(got.same_bits(expected), "embedding: %s, %s", describe(f).c_str(), row.name);
@@ -154,7 +154,7 @@ void test_limit(Format f, int code, int sub, int zero, double expected_sum) {
   Block<float> x(f.k);
   for (int64_t k = 0; k < f.k; ++k) x[k] = 127.0f;  // code 127, activation scale 1
   const SourceRows source = {x.data(), DType::f32, 0, nullptr};
-  std::vector<IsaRow> all = other_rows();
+  std::vector<IsaRow> all = linear_rows();
   all.push_back(scalar_row());
   for (const IsaRow& row : all) {
     Outputs got(in);
@@ -190,6 +190,25 @@ void test_kernels(int cases) {
     test_linear(packed, i % 10, random);
     if (i % 10 == 9) test_linear(packed, random.integer(10, 30), random);
     test_embedding(packed, random);
+  }
+}
+
+/// Many rows, and spans, groups and activation groups of many lengths: what a matrix unit takes,
+/// and what it does not.
+void test_matrix(int cases) {
+  Random random(11);
+  for (int i = 0; i < cases;) {
+    Format f = random_format(random);
+    f.activations = Activations::int8;
+    f.n = random.integer(17, 33);
+    f.k = random.integer(1, 1100);
+    if (f.scale_kind == ScaleKind::group) f.group = random.pick({32, 64, 96, 128, 256, 512, 1120});
+    const int64_t block = scale_block(f);
+    f.act_group = random.pick({32, 64, 128, static_cast<int>((f.k + block - 1) / block * block)});
+    if (complete(&f) != nullptr) continue;
+    Packed packed(f, random);
+    test_linear(packed, random.integer(16, 70), random);
+    ++i;
   }
 }
 

@@ -7,6 +7,15 @@ namespace slmops {
 namespace avx512_emulated {
 extern const KernelTable kernels;
 }
+namespace amx_emulated {
+extern const KernelTable kernels;
+}
+namespace avx_vnni_emulated {
+extern const KernelTable kernels;
+}
+namespace avx_vnni_reencoded {
+extern const KernelTable kernels;
+}
 #endif
 
 namespace testing {
@@ -28,7 +37,25 @@ const std::vector<IsaRow>& other_rows() {
       if ((offered & all[i].requires_features) == all[i].requires_features) list.push_back(all[i]);
     }
 #if defined(__x86_64__)
+    constexpr uint32_t kVnni = kAvx512vl | kAvx512vnni;
+    const IsaRow more[] = {
+        {"avx_vnni, emulated", kAvx2 | kFma | kF16c, &avx_vnni_emulated::kernels},
+        {"avx_vnni, re-encoded", kAvx2 | kFma | kF16c | kVnni, &avx_vnni_reencoded::kernels}};
+    for (const IsaRow& row : more) {
+      if ((offered & row.requires_features) == row.requires_features) list.push_back(row);
+    }
     list.push_back({"avx512_vnni, emulated", 0, &avx512_emulated::kernels});
+#endif
+    return list;
+  }();
+  return found;
+}
+
+const std::vector<IsaRow>& linear_rows() {
+  static const std::vector<IsaRow> found = [] {
+    std::vector<IsaRow> list = other_rows();
+#if defined(__x86_64__)
+    list.push_back({"amx, emulated", 0, &amx_emulated::kernels});
 #endif
     return list;
   }();

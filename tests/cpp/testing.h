@@ -89,6 +89,8 @@ constexpr int64_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
 const IsaRow& scalar_row();
 /// All other rows that can run here, emulated ones included.
 const std::vector<IsaRow>& other_rows();
+/// The same, and rows that only have quantize_rows, widen_rows, linear and embedding.
+const std::vector<IsaRow>& linear_rows();
 
 /// Random values of a type in 16 or 32 bits. `special`: percent of infinities, NaN, zeros,
 /// denormals and huge ones.
@@ -115,7 +117,9 @@ void test_header();
 void test_pack();
 void test_convert(bool full);
 void test_kernels(int cases);
+void test_matrix(int cases);
 void test_limits();
+void test_tiles();
 void test_quantize_weight(int cases);
 void test_fp_scope();
 void test_activations(bool full);

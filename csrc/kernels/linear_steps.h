@@ -1,0 +1,83 @@
+// Steps of linear: a block of rows at a chunk of a tile, a few rows at a time.
+#pragma once
+#include "linear_float.h"
+
+namespace slmops::SLMOPS_ISA {
+namespace {
+
+/// Halves of a tile that a pass keeps in registers.
+template <int kRows>
+constexpr int kPassLines = kRows <= kWideRows ? 2 : 1;
+
+/// Calls pass(acc, half, row) for all rows, kMaxRows at a time, and all halves; `sums` has 32 per
+/// row.
+template <class Pass>
+SLMOPS_INLINE void for_passes(int64_t begin, int64_t end, float* sums, const Pass& pass) {
+  for (int64_t row = begin; row < end; row += kMaxRows) {
+    with_constant<kMaxRows>(end - row < kMaxRows ? end - row : kMaxRows, [&](auto count) {
+      constexpr int kRows = decltype(count)::value, kLines = kPassLines<kRows>;
+      for (int half = 0; half < 2; half += kLines) {
+        float* mine = sums + (row - begin) * kTile + half * kLanes;
+        F32 acc[kRows][kLines];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+          for (int l = 0; l < kLines; ++l) acc[r][l] = load(mine + r * kTile + l * kLanes);
+        }
+        pass(acc, half, row);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+          for (int l = 0; l < kLines; ++l) store(mine + r * kTile + l * kLanes, acc[r][l]);
+        }
+      }
+    });
+  }
+}
+
+/// A block of rows at one chunk of a tile.
+struct Step {
+  const LinearArgs& args;
+  int64_t begin, end;  // rows
+  float* sums;         // 32 of each row
+  uint8_t* room;       // of the scratch behind the sums
+  Chunk chunk;
+  int64_t chunk_bytes;
+  int64_t k, act_group, unit;                            // the chunk's first
+  int64_t act_groups, presets_per_row, presets_per_act;  // of a whole row, of an activation group
+
+  /// Rows from `row` on, beginning `later` activation groups after the chunk.
+  SLMOPS_INLINE PassRows rows_at(int64_t row, int64_t later) const {
+    const int64_t k_padded = args.format->k_padded;
+    return {args.rows.codes + row * k_padded + k + later * args.format->act_group,
+            k_padded,
+            args.rows.scale + row * act_groups + act_group + later,
+            act_groups,
+            args.rows.presets + row * presets_per_row + unit + later * presets_per_act,
+            presets_per_row,
+            presets_per_act};
+  }
+  /// The same with the presets of expanded sub16 lines.
+  SLMOPS_INLINE PassRows expanded_rows_at(int64_t row, int64_t later) const {
+    PassRows rows = rows_at(row, later);
+    rows.presets = args.rows.presets + row * presets_per_row + args.format->k_padded / kSubGroup +
+                   act_group + later;
+    return rows;
+  }
+};
+
+constexpr int64_t kShareRows = 64;
+constexpr int kNextLines = 16;  // 0 to 6 % of the time of 1 to 4 rows; 64 cost 10 % (Zen 4)
+
+/// Asks for the bytes after the chunk, a share of them at each of its passes, so that memory works
+/// while the passes over lines in the cache do. With larger shares than those of 64 rows it costs
+/// more than it brings, unless expanding goes between (Zen 4).
+SLMOPS_INLINE void prefetch_share(const Step& s, int64_t row) {
+  const int64_t passes = (s.end - s.begin + kMaxRows - 1) / kMaxRows;
+  const int64_t share = (s.chunk_bytes / kLineBytes + passes - 1) / passes * kLineBytes;
+  const uint8_t* next = s.chunk.lines + s.chunk_bytes + (row - s.begin) / kMaxRows * share;
+  for (int64_t i = 0; i < share; i += kLineBytes) prefetch(next + i);
+}
+
+}  // namespace
+}  // namespace slmops::SLMOPS_ISA

@@ -1,0 +1,96 @@
+// The kernel's permission to use AMX tiles, and that `linear` of the `amx` row leaves none in use:
+// on a CPU that has them.
+#include <thread>
+
+#include "testing.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace slmops::testing {
+
+#if defined(__x86_64__)
+namespace {
+
+/// Palette of the calling thread's tiles; 0: none is in use.
+__attribute__((target("amx-tile"))) int palette() {
+  alignas(64) uint8_t config[64] = {};
+  _tile_storeconfig(config);
+  asm volatile("" : : "r"(config) : "memory");
+  return config[0];
+}
+
+void run_linear(const KernelTable& kernels, Packed& packed, int64_t rows, uint64_t seed,
+                Block<float>* out) {
+  const Format& f = packed.format;
+  Random random(seed);
+  Block<float> x(rows * f.k);
+  fill(random, DType::f32, 1.0f, 0, x.data(), x.count());
+  Block<int8_t> codes(rows * f.k_padded);
+  Block<float> scale(rows * (f.k_padded / f.act_group));
+  Block<int32_t> presets(rows * presets_per_row(f));
+  Block<uint8_t> scratch(scratch_bytes(f, rows));
+  const QuantizedRows quantized = {codes.data(), scale.data(), presets.data()};
+  kernels.quantize_rows(f, {x.data(), DType::f32, f.k, nullptr}, quantized, 0, rows);
+  const LinearArgs args = {.format = &f,
+                           .packed = packed.data.data(),
+                           .rows = quantized,
+                           .x = nullptr,
+                           .bias = nullptr,
+                           .bias_type = DType::f32,
+                           .out = out->data(),
+                           .out_type = DType::f32,
+                           .out_stride = f.n,
+                           .scratch = scratch.data()};
+  for (int64_t tile = 0; tile < f.tiles; ++tile) kernels.linear(args, tile, 0, rows);
+}
+
+/// Two threads at once, each with its own tiles and its own configuration of them.
+void test_threads(const KernelTable& kernels) {
+  constexpr int64_t kRows = 40;
+  Random random(6);
+  Format formats[2];
+  for (int i = 0; i < 2; ++i) {
+    formats[i] = {.bits = 4, .scale_type = DType::f16, .n = 64, .k = 512};
+    formats[i].group = formats[i].act_group = i == 0 ? 32 : 128;
+    EXPECT(complete(&formats[i]) == nullptr, "%s", describe(formats[i]).c_str());
+  }
+  Packed first(formats[0], random), second(formats[1], random);
+  Packed* packed[2] = {&first, &second};
+  Block<float> expected[2] = {Block<float>(kRows * 64), Block<float>(kRows * 64)};
+  Block<float> got[2] = {Block<float>(kRows * 64), Block<float>(kRows * 64)};
+  int palettes[2] = {-1, -1};
+  std::thread threads[2];
+  for (int i = 0; i < 2; ++i) {
+    run_linear(*scalar_row().kernels, *packed[i], kRows, 7, &expected[i]);
+    threads[i] = std::thread([&, i] {
+      for (int again = 0; again < 20; ++again) run_linear(kernels, *packed[i], kRows, 7, &got[i]);
+      palettes[i] = palette();
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (int i = 0; i < 2; ++i) {
+    EXPECT(got[i].same_bits(expected[i]), "thread %d", i);
+    EXPECT(palettes[i] == 0, "thread %d left tiles configured, palette %d", i, palettes[i]);
+  }
+}
+
+}  // namespace
+
+void test_tiles() {
+  if ((system_features() & kAmxTile) == 0) return;
+  EXPECT(palette() == 0, "tiles in use before or after linear");
+  const IsaRow* row = select(system_features(), "amx");
+  EXPECT(row != nullptr, "the row amx where tiles may be used");
+  test_threads(*row->kernels);
+  EXPECT(palette() == 0, "tiles of this thread in use");
+}
+
+#else
+
+void test_tiles() {}
+
+#endif
+
+}  // namespace slmops::testing
