@@ -78,6 +78,9 @@ GCC_ROW_FLAGS = [
     # Its scheduler would read a tile's lines out of order, which the CPU's own prefetching takes
     # badly: 1.3 to 1.4 times the time of 4 rows (avx512_vnni, sub16 and int8, Zen 4).
     "-fno-schedule-insns2",
+    # The one before register allocation, which g++ runs on AArch64 only, would have all of a
+    # block's lines in registers at once: 1.7 times the instructions (neon_dotprod, sub16).
+    "-fno-schedule-insns",
     # g++ 12 warns about its own AVX-512 headers.
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",

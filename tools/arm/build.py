@@ -1,6 +1,6 @@
 """Cross-builds for AArch64, with setup.py's own flags, what the checks under emulation run.
 
-usage: tools/arm/build.py tests|extension
+usage: tools/arm/build.py tests|cost|extension
 """
 
 from __future__ import annotations
@@ -82,17 +82,29 @@ def add_rows(build: Build) -> None:
         )
 
 
-def tests() -> None:
-    """The torch-free tests, linked statically: .arm/tests/tests."""
+def program(name: str, sources: list[str]) -> None:
+    """A torch-free program on all rows, linked statically: .arm/tests/NAME."""
     build = Build("tests", setup.COMMON_FLAGS)
     add_rows(build)
-    files = [*(ROOT / "csrc" / "pack").glob("*.cpp"), ROOT / "csrc" / "isa" / "isa.cpp"]
-    files += [
-        file for file in (ROOT / "tests" / "cpp").glob("*.cpp") if "_emulated" not in file.name
-    ]
-    for file in sorted(files):
-        build.add(str(file.relative_to(ROOT)), setup.BASELINE_FLAGS)
-    build.link(build.folder / "tests", ["-static"])
+    for source in [*below("csrc/pack"), "csrc/isa/isa.cpp", *sources]:
+        build.add(source, setup.BASELINE_FLAGS)
+    build.link(build.folder / name, ["-static"])
+
+
+def below(folder: str) -> list[str]:
+    """C++ files of a folder, but those that emulate x86."""
+    files = sorted((ROOT / folder).glob("*.cpp"))
+    return [str(file.relative_to(ROOT)) for file in files if "_emulated" not in file.name]
+
+
+def tests() -> None:
+    """The tests of tests/cpp."""
+    program("tests", below("tests/cpp"))
+
+
+def cost() -> None:
+    """What cost.py counts the instructions of."""
+    program("cost", ["tests/cpp/testing.cpp", "tools/arm/cost.cpp"])
 
 
 def extension() -> Path:
@@ -117,4 +129,4 @@ def extension() -> Path:
 
 
 if __name__ == "__main__":
-    {"tests": tests, "extension": extension}[sys.argv[1]]()
+    {"tests": tests, "cost": cost, "extension": extension}[sys.argv[1]]()

@@ -2,7 +2,7 @@
 # Everything that building and running AArch64 code on an x86-64 Debian takes, in .arm/: an emulator, a root with Python, and the
 # packages of requirements.txt's torch. Only the cross compiler and mmdebstrap are installed into the system, where they are missing.
 #
-# A step that has its stamp costs nothing. usage: tools/arm/setup.sh [python]: without `python` only what the C++ tests need.
+# A step that has its stamp costs nothing. usage: tools/arm/setup.sh [python|cost]: without either only what the C++ tests need.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 arm=$PWD/.arm
@@ -49,17 +49,24 @@ if ! done_before root; then
   finish root
 fi
 
+# llvm-mca, for tools/arm/cost.py.
+if [[ ${1:-} == cost ]] && ! done_before llvm; then
+  rm -rf "$arm/llvm"
+  mkdir "$arm/llvm"
+  (cd "$arm/llvm" && apt-get -q download llvm-19 libllvm19 && for deb in *.deb; do dpkg-deb -x "$deb" .; done && rm ./*.deb)
+  finish llvm
+fi
+
 [[ ${1:-} == python ]] || exit 0
 
-# torch 2.10.0: the last whose AArch64 wheel brings no CUDA. --no-deps, because pip would judge the host's platform.
+# torch 2.10.0: the last whose AArch64 wheel brings no CUDA. The other packages have the versions of $PYTHON's environment. --no-deps,
+# because pip would judge the host's platform.
 if ! done_before site; then
   rm -rf "$arm/site"
   platforms=()
   for tag in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014; do platforms+=(--platform "${tag}_aarch64"); done
-  pinned=$(grep -hE '^(numpy|tqdm|rich|transformers|safetensors|hypothesis|pytest)==' requirements.txt requirements-dev.txt)
-  # shellcheck disable=SC2086
-  "${PYTHON:-python3}" -m pip install -q --no-deps --only-binary=:all: "${platforms[@]}" --python-version 3.11 --implementation cp \
-    --target "$arm/site" torch==2.10.0 typing_extensions filelock sympy mpmath networkx jinja2 markupsafe fsspec sortedcontainers \
-    iniconfig packaging pluggy pygments setuptools $pinned huggingface_hub tokenizers pyyaml regex requests httpx idna certifi
+  # shellcheck disable=SC2046
+  "$PYTHON" -m pip install -q --no-deps --only-binary=:all: "${platforms[@]}" --python-version 3.11 --implementation cp \
+    --target "$arm/site" torch==2.10.0 $("$PYTHON" tools/arm/packages.py)
   finish site
 fi
