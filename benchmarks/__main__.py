@@ -1,17 +1,17 @@
-"""Benchmarks: `python -m benchmarks ops`, `attention`, `norms`, `fused` and `model`."""
+"""Benchmarks: `python -m benchmarks ops`, `attention`, `norms`, `fused`, `model` and `loading`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from benchmarks import attention, fused, model, norms, ops
-from benchmarks.shapes import MODELS
+from benchmarks import attention, fused, loading, model, norms, ops
+from torch_slmops.bench.shapes import MODELS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    what = ("ops", "attention", "norms", "fused", "model", "all")
+    what = ("ops", "attention", "norms", "fused", "model", "loading", "all")
     parser.add_argument("what", choices=what, nargs="?", default="all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -31,6 +31,8 @@ def main() -> None:
         fused.run(args.output, budget=args.budget, threads=args.threads)
     if args.what in ("model", "all"):
         model.run(MODELS[args.model], args.output, threads=args.threads)
+    if args.what in ("loading", "all"):
+        loading.run(MODELS[args.model], args.output, threads=args.threads)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import torch_slmops
 from benchmarks.machine import fp32_peak, probe
-from benchmarks.shapes import MODELS, ModelShape
-from benchmarks.timing import interleaved
 from torch_slmops import ops
+from torch_slmops.bench.shapes import MODELS, ModelShape
+from torch_slmops.bench.timing import interleaved
 
 # Queries and keys: a prompt, a short and a long context, what a verify pass has.
 CASES = {"prefill": (2048, 2048), "decode": (1, 8192), "decode 512": (1, 512), "verify": (8, 8192)}

@@ -13,10 +13,10 @@ from torch import Tensor
 
 import torch_slmops
 from benchmarks.machine import probe
-from benchmarks.ops import ROTATED_BYTES, rotated
-from benchmarks.shapes import MODELS, ModelShape
-from benchmarks.timing import interleaved
 from torch_slmops import memory, ops, reference
+from torch_slmops.bench.linear import ROTATED_BYTES, rotated
+from torch_slmops.bench.shapes import MODELS, ModelShape
+from torch_slmops.bench.timing import interleaved
 from torch_slmops.packed_rows import interleave
 
 ROWS = (1, 4, 512)

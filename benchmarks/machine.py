@@ -63,11 +63,3 @@ def fp32_peak(threads: int) -> float:
     """fp32 multiply-adds per second of FMA instructions in registers."""
     peak: float = _library().fp32_peak(threads)
     return peak
-
-
-def cpu_name() -> str:
-    """The processor's model name, as the operating system gives it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return "unknown"

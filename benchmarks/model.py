@@ -12,52 +12,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import torch_slmops
-from benchmarks.machine import cpu_name, probe
-from benchmarks.shapes import ModelShape
+from benchmarks.machine import probe
 from torch_slmops import memory
+from torch_slmops.bench.model import PROMPT, measure, random_llama
+from torch_slmops.bench.shapes import ModelShape
+from torch_slmops.machine import cpu_name
 
-PROMPT, GENERATED, ROUNDS = 512, 32, 3
-
-
-def random_llama(shape: ModelShape) -> LlamaForCausalLM:
-    """A bf16 Llama of `shape` with random weights."""
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        intermediate_size=shape.intermediate,
-        vocab_size=shape.vocab,
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-    )
-    torch.manual_seed(0)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(previous)
-
-
-@torch.inference_mode()
-def measure(model: LlamaForCausalLM, prompt: torch.Tensor) -> tuple[float, float]:
-    """Prompt tokens per second and generated tokens per second of one greedy `generate`."""
-    start = time.perf_counter()
-    model(prompt, use_cache=True, logits_to_keep=1)
-    prefill = prompt.shape[1] / (time.perf_counter() - start)
-    short = prompt[:, :8]
-    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    start = time.perf_counter()
-    model.generate(short, max_new_tokens=1, **options)
-    first = time.perf_counter() - start
-    start = time.perf_counter()
-    model.generate(short, max_new_tokens=1 + GENERATED, **options)
-    return prefill, GENERATED / (time.perf_counter() - start - first)
+ROUNDS = 3
 
 
 def run(shape: ModelShape, output: Path, *, threads: int) -> None:

@@ -14,9 +14,9 @@ from rich.table import Table
 from torch import Tensor
 
 import torch_slmops
-from benchmarks.shapes import MODELS, ModelShape
-from benchmarks.timing import interleaved
 from torch_slmops import ops
+from torch_slmops.bench.shapes import MODELS, ModelShape
+from torch_slmops.bench.timing import interleaved
 
 EPS = 1e-6
 ROWS = (1, 16, 512)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,40 +14,10 @@ from torch import Tensor
 
 import torch_slmops
 from benchmarks.machine import Limits, probe
-from benchmarks.shapes import LINEARS, ROWS, LinearShape
-from benchmarks.timing import Timing, interleaved
 from torch_slmops import memory
-
-ROTATED_BYTES = 512 << 20
-
-Call = Callable[[Tensor, int], object]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One of our weight formats."""
-
-    name: str
-    bits: int
-    scale_kind: str
-    group_size: int
-    act_group: int
-
-
-KERNELS = (
-    Kernel("sub16 a128", 4, "sub16", 16, 128),
-    Kernel("int4 g32 a128", 4, "group", 32, 128),
-    Kernel("int8 g32 a32", 8, "group", 32, 32),
-)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Something to time on `[rows, k]` bf16 activations; `bytes` of its weight where it is ours."""
-
-    call: Call
-    most_rows: int = 512
-    bytes: int | None = None
+from torch_slmops.bench.linear import ROTATED_BYTES, Candidate, dense, ours, rotated
+from torch_slmops.bench.shapes import LINEARS, ROWS, LinearShape
+from torch_slmops.bench.timing import Timing, interleaved
 
 
 @dataclass(frozen=True)
@@ -70,72 +39,13 @@ class Cell:
     environment: dict[str, str | int] = field(default_factory=dict)
 
 
-def rotated(weight: Tensor, clone: Callable[[Tensor], Tensor] = Tensor.clone) -> list[Tensor]:
-    """Copies of a weight, 512 MB in all, so that no call finds its weight in a cache."""
-    count = max(1, ROTATED_BYTES // (weight.numel() * weight.element_size()))
-    return [weight, *(clone(weight) for _ in range(count - 1))]
-
-
-def assert_right(kernel: Kernel, quantized: Tensor, packed: Tensor) -> None:
-    """Refuses a kernel whose output leaves the bound of its activation rounding.
-
-    A code is off by at most half a step, s_a / 2, so an output is off by at most the sum over k of
-    |w| * s_a / 2, plus fp32 rounding, for which a hundredth of that is ample.
-    """
-    n, k = quantized.shape
-    x = torch.randn(3, k)
-    y = torch.ops.slmops.linear(x, packed, n).double()
-    groups = x.double().unflatten(1, (-1, kernel.act_group))
-    half_step = groups.abs().amax(2, keepdim=True) / 254
-    bound = half_step.expand_as(groups).flatten(1) @ quantized.double().abs().T
-    error = (y - x.double() @ quantized.double().T).abs()
-    if not bool((error <= 1.01 * bound).all()):
-        raise RuntimeError(f"{kernel.name}: output is wrong (error {error.max():.3g}); not timed")
-
-
-def ours(weight: Tensor) -> dict[str, Candidate]:
-    """Our kernels on copies of `weight`, each checked."""
-
-    def clone(packed: Tensor) -> Tensor:
-        return memory.empty(packed.numel()).copy_(packed)
-
-    def call(copies: list[Tensor], x: Tensor, index: int) -> object:
-        return torch.ops.slmops.linear(x, copies[index % len(copies)], weight.shape[0])
-
-    candidates = {}
-    for kernel in KERNELS:
-        quantized = torch_slmops.quantize_weight(
-            weight, kernel.bits, kernel.scale_kind, kernel.group_size
-        )
-        packed = quantized.pack(act_group=kernel.act_group)
-        assert_right(kernel, quantized.dequantize()[:1024], _first_rows(quantized, kernel))
-        run = partial(call, rotated(packed, clone))
-        candidates[kernel.name] = Candidate(run, bytes=packed.numel())
-    return candidates
-
-
-def _first_rows(quantized: torch_slmops.QuantizedWeight, kernel: Kernel) -> Tensor:
-    part = torch_slmops.QuantizedWeight.from_parts(
-        quantized.codes[:1024].contiguous(),
-        quantized.scale[:1024].contiguous(),
-        sub_scale=None if quantized.sub_scale is None else quantized.sub_scale[:1024].contiguous(),
-        bits=kernel.bits,
-        group_size=kernel.group_size,
-    )
-    return part.pack(act_group=kernel.act_group)
-
-
 def peers(weight: Tensor) -> dict[str, Candidate]:
     """torch's own kernels on copies of a weight of that shape."""
     n, k = weight.shape
-    dense = rotated(weight.bfloat16())
     codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
     int4 = rotated(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
     scales = torch.rand(k // 128, n, 2).bfloat16()
     int8 = rotated(torch.randint(-127, 128, (n, k), dtype=torch.int8))
-
-    def bf16(x: Tensor, index: int) -> object:
-        return torch.nn.functional.linear(x, dense[index % len(dense)])
 
     def int4pack(x: Tensor, index: int) -> object:
         packed = int4[index % len(int4)]
@@ -145,7 +55,7 @@ def peers(weight: Tensor) -> dict[str, Candidate]:
         return torch._int_mm(x.to(torch.int8), int8[index % len(int8)].t())
 
     return {
-        "torch bf16": Candidate(bf16),
+        "torch bf16": dense(weight),
         "torch int4pack g128": Candidate(int4pack),
         "torch _int_mm": Candidate(int_mm, most_rows=64),
     }

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torch_slmops import fused, modules, reference
+from torch_slmops import fused, fused_decoder, modules, reference
 from torch_slmops.fused_experts import FusedExperts
 
 transformers = pytest.importorskip("transformers")
@@ -204,6 +204,7 @@ class by_reference:
         self.patch.setattr(modules, "_embedding", reference.embedding)
         for op in ("rms_norm", "qkv_rotary", "swiglu"):
             self.patch.setattr(fused, f"_{op}", getattr(reference, op))
+        self.patch.setattr(fused_decoder, "_decoder_layers", reference.decoder_layers)
 
     def __exit__(self, *error: object) -> None:
         self.patch.undo()

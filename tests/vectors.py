@@ -69,14 +69,19 @@ def shipped_model() -> Any:
 
 
 def model_digests(model: Any) -> dict[str, str]:
-    """SHA-256 of the packed weights, and of the logits over the validation text's beginning."""
+    """SHA-256 of the packed weights, the logits over a text, and the tokens generated after it."""
     text = np.load(SHIPPED / "val_tokens.npy").reshape(-1)[:TOKENS]
     tokens = torch.from_numpy(text.astype(np.int64))
     packed = [tensor for tensor in model.state_dict().values() if tensor.dtype == torch.uint8]
     assert packed
     with torch.inference_mode():
         logits = model(tokens[None]).logits
-    return {"packed": digest(packed), "logits": digest([logits])}
+        generated = model.generate(tokens[None, :8], max_new_tokens=16, do_sample=False)
+    return {
+        "packed": digest(packed),
+        "logits": digest([logits]),
+        "generated": digest([generated]),
+    }
 
 
 def write(path: Path) -> None:

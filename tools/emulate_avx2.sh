@@ -33,4 +33,5 @@ if [ $# = 0 ]; then
   set -- tests/test_dispatch.py tests/test_ops.py \
     -k "($dispatch) or (test_op_equals_reference and avx2)"
 fi
+"${emulated[@]}" -m torch_slmops selfcheck --threads 1
 exec "${emulated[@]}" -m pytest -p no:cacheprovider "$@"

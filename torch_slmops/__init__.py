@@ -4,26 +4,60 @@
 model families; the same bits come out on every CPU. docs/ has the arithmetic and the packed format.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from torch_slmops import ops
 from torch_slmops.attention import register_attention
+from torch_slmops.dequantize import dequantize
 from torch_slmops.families import register_family
+from torch_slmops.hf_register import register_when_imported
 from torch_slmops.isa import isa, isas, set_isa
 from torch_slmops.optimize import optimize
+from torch_slmops.processes import watch_forks
+from torch_slmops.recipe import SavedModelError
 from torch_slmops.report import report
+from torch_slmops.save_load import load, save
 from torch_slmops.weights import QuantizedWeight, quantize_weight
 
+if TYPE_CHECKING:
+    from torch_slmops.cache import Cache
+    from torch_slmops.hf_quantizer import SlmopsConfig
+
 __all__ = [
+    "Cache",
     "QuantizedWeight",
+    "SavedModelError",
+    "SlmopsConfig",
     "__version__",
+    "dequantize",
     "isa",
     "isas",
+    "load",
     "ops",
     "optimize",
     "quantize_weight",
     "register_attention",
     "register_family",
     "report",
+    "save",
     "set_isa",
 ]
 
 __version__ = "0.1.0"
+
+watch_forks()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Cache":  # here, because it needs transformers
+        from torch_slmops.cache import Cache
+
+        return Cache
+    if name == "SlmopsConfig":  # likewise
+        from torch_slmops.hf_quantizer import SlmopsConfig
+
+        return SlmopsConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register_when_imported()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torch_slmops import ops
 
-__all__ = ["register_attention"]
+__all__ = ["register_attention", "use_own_attention"]
 
 NAME = "slmops"
 
@@ -20,8 +20,9 @@ def register_attention() -> None:
 
     Afterwards `model.set_attn_implementation("slmops")` and `attn_implementation="slmops"` of
     `from_pretrained` work, for models that torch_slmops has not changed too. Grouped query heads,
-    sliding windows, softcap, padding and position bias are computed; dropout and attention sinks
-    are refused with an error. Calling it again changes nothing.
+    sliding windows, softcap, padding and position bias are computed; with dropout, or where
+    gradients are recorded, transformers' sdpa is; attention sinks are refused with an error.
+    Calling it again changes nothing.
 
     Raises:
         ImportError: transformers is not installed, or a version without these interfaces.
@@ -31,6 +32,25 @@ def register_attention() -> None:
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def use_own_attention(model: nn.Module) -> None:
+    """Sets "slmops" as the attention of transformers models in `model` that are fused throughout.
+
+    Only in the place of "sdpa": who has chosen "eager" or another one, keeps it.
+    """
+    from torch_slmops.fused import FusedAttention
+
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        change = getattr(module, "set_attn_implementation", None)
+        if change is None or getattr(config, "_attn_implementation", None) != "sdpa":
+            continue
+        attentions = [m for m in module.modules() if "Attention" in type(m).__name__]
+        own = [isinstance(m, FusedAttention) and m.slmops.row.forward is None for m in attentions]
+        if own and all(own):
+            register_attention()
+            change(NAME)
 
 
 def attention_forward(
@@ -54,7 +74,7 @@ def attention_forward(
         query, key, value: [B, H, L, D]; fewer key heads than query heads are not repeated.
         attention_mask: What `sdpa_mask` made: bool, or None for causal or full attention. It has
             the sliding window in it.
-        dropout: Must be 0.
+        dropout: With it, and where gradients are recorded, transformers' sdpa computes.
         scaling: Factor of q k^T, 1 / sqrt(D) by default.
         is_causal: Whether attention without a mask is causal.
         softcap: See `ops.attention`.
@@ -68,11 +88,15 @@ def attention_forward(
     Raises:
         RuntimeError: Something is asked for that the op does not compute.
     """
-    if dropout > 0:
-        raise RuntimeError(
-            f"attention: expected no dropout with attn_implementation {NAME!r}, got {dropout}; "
-            "call model.eval(), or choose 'sdpa' for training"
+    if dropout > 0 or (torch.is_grad_enabled() and query.requires_grad):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        options = kwargs | {"softcap": softcap, "position_bias": position_bias}
+        options |= {"position_ids": position_ids}
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
         )
+        return out, None
     if kwargs.get("s_aux") is not None:
         raise RuntimeError(
             f"attention: expected no attention sinks with attn_implementation {NAME!r}; "

@@ -11,7 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-__all__ = ["ACTIVATIONS", "Attention", "Experts", "GatedMLP", "RMSNorm", "register_family", "rows"]
+__all__ = [
+    "ACTIVATIONS",
+    "Attention",
+    "DecoderLayer",
+    "Experts",
+    "GatedMLP",
+    "RMSNorm",
+    "register_family",
+    "rows",
+]
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu2")
 
@@ -128,16 +137,43 @@ class Attention:
     inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
 
 
-Row: TypeAlias = RMSNorm | GatedMLP | Experts | Attention
+@dataclass(frozen=True)
+class DecoderLayer:
+    """An attention and a gated MLP, each added to what came in, with norms before or after them.
+
+    h = x + multiplier * post_attention(attention(pre_attention(x)))
+    y = h + multiplier * post_mlp(mlp(pre_mlp(h)))
+
+    Attributes:
+        name: Of the row, for reports.
+        norms: The children that are pre_attention, post_attention, pre_mlp and post_mlp: `RMSNorm`s
+            that are alike; None where there is none.
+        attention: The child that is an `Attention`, without a `forward` of its own.
+        mlp: The child that is a `GatedMLP`.
+        multiplier: Source of the factor, or None for 1.
+        dropouts: Children that are `nn.Dropout` or `nn.Identity`.
+    """
+
+    name: str
+    norms: tuple[str | None, str | None, str | None, str | None]
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    multiplier: str | None = None
+    dropouts: tuple[str, ...] = ()
+
+
+Row: TypeAlias = RMSNorm | GatedMLP | Experts | Attention | DecoderLayer
 
 _WINDOW = ("sliding_window", "sliding_window")
 _CONFIG_WINDOW = ("sliding_window", "config.sliding_window")
 _QK_NORMS = ("q_norm", "k_norm")
 _CONFIG_HEADS = ("config.num_attention_heads", "config.num_key_value_heads")
 
-# The first row that fits is taken. A family that differs from another only in its decoder layer
-# (multipliers, places of the norms) or in the numbers of its config needs no row: SmolLM2 and
-# Granite are "llama".
+_IN, _MIDDLE = "input_layernorm", "post_attention_layernorm"
+_BEFORE_MLP, _AFTER_MLP = "pre_feedforward_layernorm", "post_feedforward_layernorm"
+
+# The first row that fits is taken. A family that differs from another only in the numbers of its
+# config needs no row: SmolLM2 is "llama".
 _ROWS: list[Row] = [
     RMSNorm("llama norm", eps="variance_epsilon", cast_before_weight=True),
     RMSNorm("olmo2 norm", eps="variance_epsilon"),
@@ -180,6 +216,15 @@ _ROWS: list[Row] = [
         scaling=None,
         options=(_WINDOW, ("deterministic", "deterministic_flash_attn")),
     ),
+    DecoderLayer("granite layer", (_IN, None, _MIDDLE, None), multiplier="residual_multiplier"),
+    DecoderLayer("llama layer", (_IN, None, _MIDDLE, None)),
+    DecoderLayer("gemma2 layer", (_IN, _MIDDLE, _BEFORE_MLP, _AFTER_MLP)),
+    DecoderLayer("olmo2 layer", (None, _MIDDLE, None, _AFTER_MLP)),
+    DecoderLayer(
+        "phi3 layer",
+        (_IN, None, _MIDDLE, None),
+        dropouts=("resid_attn_dropout", "resid_mlp_dropout"),
+    ),
 ]
 
 
@@ -191,10 +236,10 @@ def register_family(*new: Row) -> None:
         ValueError: A row's name is taken, or an `Attention` has only one of `forward` and `inputs`.
     """
     for row in new:
-        if not isinstance(row, RMSNorm | GatedMLP | Experts | Attention):
+        if not isinstance(row, RMSNorm | GatedMLP | Experts | Attention | DecoderLayer):
             raise TypeError(
                 "register_family: expected rows (torch_slmops.families.Attention, GatedMLP, "
-                f"Experts, RMSNorm), got a {type(row).__name__}"
+                f"Experts, RMSNorm, DecoderLayer), got a {type(row).__name__}"
             )
         if any(row.name == other.name for other in _ROWS):
             raise ValueError(f"register_family: there is a row named {row.name!r} already")

@@ -23,27 +23,30 @@ from torch_slmops.fused import (
     NormSpec,
     fused_class,
 )
+from torch_slmops.fused_decoder import FusedDecoderLayer, LayerSpec
 from torch_slmops.fused_experts import FusedExperts
 from torch_slmops.fused_rotary import FusedRotary, RotarySpec, match_rotary
-from torch_slmops.match import match_attention, match_experts, match_mlp, match_norm
+from torch_slmops.match import match_attention, match_experts, match_layer, match_mlp, match_norm
 from torch_slmops.modules import Linear, PackedModule
 from torch_slmops.packed_rows import GateUp, Rows, interleave
 from torch_slmops.survey import Site, weight_key
 from torch_slmops.weights import FLOAT_DTYPES, QuantizedWeight
 
 __all__ = [
+    "TABLES",
     "Block",
     "Left",
     "Plan",
     "Swap",
     "build",
+    "children",
     "find_blocks",
     "looks_like_a_block",
     "possible_blocks",
     "put",
 ]
 
-Spec: TypeAlias = NormSpec | MLPSpec | ExpertsSpec | AttentionSpec | RotarySpec
+Spec: TypeAlias = NormSpec | MLPSpec | ExpertsSpec | AttentionSpec | LayerSpec | RotarySpec
 Quantize: TypeAlias = Callable[[Tensor], QuantizedWeight]
 Pack: TypeAlias = Callable[[QuantizedWeight], Tensor]
 
@@ -52,9 +55,10 @@ _CLASSES: dict[type, type[Fused]] = {
     MLPSpec: FusedMLP,
     ExpertsSpec: FusedExperts,
     AttentionSpec: FusedAttention,
+    LayerSpec: FusedDecoderLayer,
     RotarySpec: FusedRotary,
 }
-_TABLES = "rotary_emb"  # what transformers calls the module with the rotary tables
+TABLES = "rotary_emb"  # what transformers calls the module with the rotary tables
 # Names of classes that compute what a fused op might: used to tell what was left, and why.
 _BLOCK = re.compile(r"Attention|Attn|MLP|FeedForward|FFN|Experts")
 
@@ -117,7 +121,8 @@ def possible_blocks(model: nn.Module) -> list[str]:
         name
         for name, module in model.named_modules()
         if module._parameters
-        or name.split(".")[-1] == _TABLES
+        or name.split(".")[-1] == TABLES
+        or any(_BLOCK.search(type(child).__name__) for child in module._modules.values())
         or any(isinstance(c, nn.Linear | PackedModule) for c in module._modules.values())
     ]
 
@@ -141,6 +146,7 @@ def find_blocks(
     finder = _Finder(model, sites, todo, included, excluded)
     for name, module in model.named_modules():
         finder.look_at(name, module)
+    finder.look_at_layers()
     finder.look_at_rotary_tables()
     return finder.plan
 
@@ -240,15 +246,36 @@ class _Finder:
         weight: Tensor = layer.weight
         return weight
 
+    def look_at_layers(self) -> None:
+        """Takes decoder layers whose blocks are all fused and whose projections are packed."""
+        specs: dict[nn.Module, object] = {block.module: block.spec for block in self.plan.blocks}
+        for module in self.model.modules():
+            if isinstance(module, Fused):
+                specs[module] = module.slmops
+        for name, module in self.model.named_modules():
+            if isinstance(module, Fused) or self.excluded(name):
+                continue
+            inner = [c for c in module._modules.values() if isinstance(specs.get(c), AttentionSpec)]
+            if len(inner) != 1 or not self._has_packed_output(inner[0], specs[inner[0]]):
+                continue
+            spec = match_layer(module, specs)
+            if not isinstance(spec, str):
+                self.plan.blocks.append(Block(name, module, spec))
+
+    def _has_packed_output(self, attention: nn.Module | None, spec: object) -> bool:
+        assert attention is not None and isinstance(spec, AttentionSpec)
+        output = None if spec.row.output is None else attention._modules[spec.row.output]
+        return output in self.sites or isinstance(output, Linear)
+
     def look_at_rotary_tables(self) -> None:
         """Takes over rotary tables that no other module than fused attentions can see."""
         fused = {b.module for b in self.plan.blocks if isinstance(b.spec, AttentionSpec)}
         fused.update(m for m in self.model.modules() if isinstance(m, FusedAttention))
         for name, parent in self.model.named_modules():
-            module = parent._modules.get(_TABLES)
+            module = parent._modules.get(TABLES)
             if module is None or isinstance(module, Fused):
                 continue
-            path = f"{name}.{_TABLES}" if name else _TABLES
+            path = f"{name}.{TABLES}" if name else TABLES
             spec: RotarySpec | str = match_rotary(module)
             others = [m for m in parent.modules() if m is not parent and _may_use_tables(m, fused)]
             if not isinstance(spec, str) and others:
@@ -291,14 +318,24 @@ def build(block: Block, quantize: Quantize, pack: Pack) -> Swap:
     else:
         source = Linear.from_packed(pack(quantized), bias, weight.dtype)
     assert isinstance(spec, MLPSpec | AttentionSpec)
-    children: dict[str, nn.Module] = {spec.packed: source}
+    return Swap(module, spec, children(spec, source, [layer.out_features for layer in layers]))
+
+
+def children(
+    spec: MLPSpec | AttentionSpec, source: Linear | GateUp, sizes: list[int]
+) -> dict[str, nn.Module]:
+    """Returns the packed child of a fused block, and views of its rows for the old projections.
+
+    `sizes`: how many rows each of them has.
+    """
+    found: dict[str, nn.Module] = {spec.packed: source}
     names = spec.row.gate_up if isinstance(spec, MLPSpec) else spec.row.projections
     start = 0
-    for name, layer in zip(names, layers, strict=True):
+    for name, size in zip(names, sizes, strict=True):
         if name != spec.packed:
-            children[name] = Rows(source, start, start + layer.out_features).eval()
-        start += layer.out_features
-    return Swap(module, spec, children)
+            found[name] = Rows(source, start, start + size).eval()
+        start += size
+    return found
 
 
 def _gate_up(packed: Tensor, weight: Tensor, bias: nn.Parameter | None = None) -> GateUp:
@@ -316,8 +353,8 @@ def _build_experts(module: nn.Module, spec: ExpertsSpec, quantize: Quantize, pac
         first.append(_gate_up(pack(interleave(quantize(weight))), weight))
         packed = pack(quantize(down[e].detach()))
         second.append(Linear.from_packed(packed, None, down.dtype))
-    children: dict[str, nn.Module] = {"gate_up": first.eval(), "down": second.eval()}
-    return Swap(module, spec, children, (spec.row.gate_up, spec.row.down))
+    experts: dict[str, nn.Module] = {"gate_up": first.eval(), "down": second.eval()}
+    return Swap(module, spec, experts, (spec.row.gate_up, spec.row.down))
 
 
 def put(swaps: list[Swap]) -> None:

@@ -19,6 +19,8 @@ from torch_slmops.modules import Linear
 from torch_slmops.packed_rows import GateUp
 
 __all__ = [
+    "HOOKS",
+    "SNAPSHOT",
     "AttentionSpec",
     "ExpertsSpec",
     "Fused",
@@ -29,7 +31,9 @@ __all__ = [
     "NormSpec",
     "attend",
     "fused_class",
+    "has_hooks",
     "read",
+    "scaling_of",
 ]
 
 # Looked up here at each call, so that a test can put the reference in their places.
@@ -38,6 +42,8 @@ _qkv_rotary = ops.qkv_rotary
 _swiglu = ops.swiglu
 
 Tables = tuple[Tensor, Tensor]
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+SNAPSHOT = "_slmops_snapshot"  # an attribute that copies do without
 _OWN = ("hidden_states", "position_embeddings", "attention_mask")
 _OLD_CACHE = "past_key_values"
 
@@ -102,7 +108,8 @@ class Fused(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made on the fly; pickle could not find it.
         kind, base = type(self).__bases__
-        return _bare, (kind, base), dict(vars(self))
+        state = {name: value for name, value in vars(self).items() if name != SNAPSHOT}
+        return _bare, (kind, base), state
 
     def describe(self) -> str:
         """Returns in a few words what was fused."""
@@ -112,23 +119,24 @@ class Fused(nn.Module):
         """Children that the fused forward passes by."""
         return ()
 
+    def is_bare(self) -> bool:
+        """Whether nobody looks at what the fused forward passes by: no hook is on it."""
+        children = self._modules
+        return not any(has_hooks(children[name]) for name in self._inner())
+
     def _passes(self, x: object) -> bool:
         """Whether the fused forward may take x: no gradient, no hook on what it passes by."""
         if self.training or not isinstance(x, Tensor) or not x.is_floating_point():
             return False
         if x.requires_grad and torch.is_grad_enabled():
             return False
-        for name in self._inner():
-            child = self._modules[name]
-            assert child is not None
-            if (
-                child._forward_hooks
-                or child._forward_pre_hooks
-                or child._backward_hooks
-                or child._backward_pre_hooks
-            ):
-                return False
-        return True
+        return self.is_bare()
+
+
+def has_hooks(module: nn.Module | None) -> bool:
+    """Whether calls of `module` run hooks of its own."""
+    own = vars(module)
+    return any(own[name] for name in HOOKS)
 
 
 _classes: dict[tuple[type, type], type[Fused]] = {}
@@ -233,21 +241,24 @@ class FusedAttention(Fused):
         tables, cache = kwargs.get("position_embeddings"), kwargs.get(spec.cache)
         if (
             (spec.cache != _OLD_CACHE and _OLD_CACHE in kwargs)  # deprecated, renamed by theirs
-            or not self._passes(x)
-            or not self._knows(x, tables)
+            or not self.may_take(x, tables)
             or hasattr(cache, "self_attention_cache")  # an encoder-decoder's two caches
         ):
             return super().forward(**_rounded_tables(kwargs))
+        if cache is not None and not torch.compiler.is_compiling():
+            from torch_slmops.cache import layer_of
+
+            layer_of(cache, read(self, "layer_idx"))  # which makes it grow in place
         q, k, v = self.project(x, tables)
         consumed = (*_OWN, spec.cache, *spec.row.drops)
         rest = {name: kwargs[name] for name in kwargs if name not in consumed}
         mask = kwargs.get("attention_mask")
         return attend(self, spec, (q, k, v), mask, cache, _attention_functions(), rest)
 
-    def _knows(self, x: Any, tables: Any) -> bool:
+    def may_take(self, x: Any, tables: Any) -> bool:
         """Whether x is [B, L, K] and the tables are (cos, sin), [B or 1, L, R], if needed."""
         width = self.slmops.rotary_width
-        if x.dim() != 3:
+        if not self._passes(x) or x.dim() != 3:
             return False
         if width == 0:
             return True
@@ -331,12 +342,18 @@ def attend(
     row = spec.row
     function = functions.get_interface(module.config._attn_implementation, spec.eager)
     options = named | {name: read(module, source) for name, source in row.options}
-    scaling = spec.head_dim**-0.5 if row.scaling is None else read(module, row.scaling)
+    scaling = scaling_of(module, spec)
     y, weights = function(module, q, k, v, mask, dropout=0.0, scaling=scaling, **options, **kwargs)
     y = y.reshape(batch, length, -1).contiguous()
     if row.output is not None:
         y = getattr(module, row.output)(y)
     return y, weights
+
+
+def scaling_of(module: Any, spec: AttentionSpec) -> float:
+    """Returns the factor of q k^T of an attention module."""
+    source = spec.row.scaling
+    return spec.head_dim**-0.5 if source is None else float(read(module, source))
 
 
 def read(module: Any, source: str) -> Any:

@@ -75,6 +75,8 @@ def match_rotary(module: nn.Module) -> RotarySpec | str:
         theirs = getattr(module, f"{prefix}inv_freq", None)
         if not isinstance(theirs, Tensor):
             return "not a rotary module of a known structure"
+        if theirs.device.type == "meta":
+            return "they have no values yet"
         options = (
             config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
         )

@@ -17,7 +17,7 @@ except ImportError as error:
         "`make build` compiles it; otherwise reinstall torch_slmops."
     ) from error
 
-__all__ = ["features", "isa", "isas", "set_isa"]
+__all__ = ["features", "isa", "isas", "missing_features", "set_isa"]
 
 
 def _names(joined: str) -> list[str]:
@@ -54,6 +54,17 @@ def set_isa(name: str) -> None:
 def features() -> list[str]:
     """Returns the CPU features in use, of those that some row asks for, in cpuinfo's spelling."""
     return _names(torch.ops.slmops._isa_features(False))
+
+
+def missing_features() -> dict[str, list[str]]:
+    """Returns the rows of this build, best first, each with the features that this CPU lacks."""
+    offered = set(features())
+    needed = {row: _names(torch.ops.slmops._isa_requires(row)) for row in _rows()}
+    return {row: [name for name in names if name not in offered] for row, names in needed.items()}
+
+
+def _rows() -> list[str]:
+    return _names(torch.ops.slmops._isa_rows())
 
 
 def _use_cpuinfo() -> None:

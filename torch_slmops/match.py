@@ -6,19 +6,28 @@ Each match_* function gives a spec, or the reason why there is none: a str.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
 
-from torch_slmops.families import ACTIVATIONS, Attention, Experts, GatedMLP, RMSNorm, rows
+from torch_slmops.families import (
+    ACTIVATIONS,
+    Attention,
+    DecoderLayer,
+    Experts,
+    GatedMLP,
+    RMSNorm,
+    rows,
+)
 from torch_slmops.fused import AttentionSpec, ExpertsSpec, MLPSpec, NormSpec, read
+from torch_slmops.fused_decoder import LayerSpec
 from torch_slmops.modules import Linear
 from torch_slmops.probe import activation_kind, difference, plain_forward
 
-__all__ = ["match_attention", "match_experts", "match_mlp", "match_norm"]
+__all__ = ["match_attention", "match_experts", "match_layer", "match_mlp", "match_norm"]
 
-_Row = TypeVar("_Row", Attention, GatedMLP, Experts, RMSNorm)
+_Row = TypeVar("_Row", Attention, GatedMLP, Experts, RMSNorm, DecoderLayer)
 _UNKNOWN = "no family has its structure"
 # What an attention's forward may take by name: everything else would be a feature unknown here.
 _PARAMETERS = {
@@ -31,6 +40,8 @@ _PARAMETERS = {
     "output_attentions",
     "use_cache",
 }
+# Options of attention that masks, or the op of a whole layer, take into account.
+_LAYER_OPTIONS = {"sliding_window", "softcap"}
 
 
 def _rows_of(kind: type[_Row]) -> Iterable[_Row]:
@@ -170,6 +181,55 @@ def match_attention(module: nn.Module) -> AttentionSpec | str:
             return spec
         tried.append(f"not {row.name}: {found}")
     return "; ".join(tried or sorted(mismatches, key=_lacks)[:1]) or _UNKNOWN
+
+
+def match_layer(module: nn.Module, specs: Mapping[nn.Module, object]) -> LayerSpec | str:
+    """Returns what decoder layer `module` is, or why none; `specs`: of the blocks in it."""
+    tried: list[str] = []
+    for row in _rows_of(DecoderLayer):
+        names = [name for name in row.norms if name is not None]
+        if not _has_parts(module, (row.attention, row.mlp, *names, *row.dropouts), ()):
+            continue
+        spec = _layer_spec(module, row, specs)
+        if not isinstance(spec, str):
+            found = difference(module, spec, repr(row.multiplier and read(module, row.multiplier)))
+            if found is None:
+                return spec
+            spec = found
+        tried.append(f"not {row.name}: {spec}")
+    return "; ".join(tried) or _UNKNOWN
+
+
+def _layer_spec(
+    module: nn.Module, row: DecoderLayer, specs: Mapping[nn.Module, object]
+) -> LayerSpec | str:
+    """What `module` is if it is `row`, or what of its structure is not that of the row."""
+    children = _children(module)
+    attention: Any = children[row.attention]
+    spec = specs.get(attention)
+    if not isinstance(spec, AttentionSpec) or not isinstance(specs.get(children[row.mlp]), MLPSpec):
+        return "its attention or its MLP is not fused"
+    if spec.row.forward is not None or spec.row.output is None or spec.heads[1] != spec.heads[2]:
+        return "its attention does more than that"
+    if not {name for name, _ in spec.row.options} <= _LAYER_OPTIONS or not attention.is_causal:
+        return "its attention is of another kind"
+    norms = [specs.get(children[name]) for name in row.norms if name is not None]
+    if not all(isinstance(norm, NormSpec) and norm == norms[0] for norm in norms):
+        return "its norms are not fused, or not alike"
+    if not _are_dropouts(module, row.dropouts) or _replaced(module):
+        return "a dropout is something else, or a method was replaced"
+    missing = _missing(module, [row.multiplier])
+    if missing is not None:
+        return f"it lacks {missing}"
+    parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters.values())
+    named = tuple(p.name for p in parameters[1:] if p.kind == p.POSITIONAL_OR_KEYWORD)
+    if not named or named[0] != "hidden_states" or not set(named) <= _PARAMETERS:
+        return "its forward takes arguments that are not known"
+    types = getattr(attention.config, "layer_types", None)
+    layer_type = types[attention.layer_idx] if types else None
+    norm = norms[0] if norms else None
+    assert norm is None or isinstance(norm, NormSpec)
+    return LayerSpec(row, norm, named, layer_type)
 
 
 def _lacks(reason: str) -> bool:

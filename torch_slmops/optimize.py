@@ -7,20 +7,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from torch_slmops import memory
+from torch_slmops.attention import use_own_attention
 from torch_slmops.calibrate import Unit, calibrate, make_batches
 from torch_slmops.fuse import Block, Left, Plan, Swap, build, find_blocks, possible_blocks, put
 from torch_slmops.modules import Embedding, Linear, PackedModule
+from torch_slmops.notes import note_left, note_options
+from torch_slmops.processes import uninterrupted
+from torch_slmops.stack import link_runs
 from torch_slmops.survey import Patterns, Site, check_model, chooser, find_sites, weight_key
 from torch_slmops.weights import FLOAT_DTYPES, QuantizedWeight, quantize_weight, resolve_scales
 
 __all__ = ["optimize"]
 
 Model = TypeVar("Model", bound=nn.Module)
+
+Formats: TypeAlias = "dict[bool, _Format | None]"
 
 _BITS = {"int4": 4, "int8": 8}
 _BAR_DELAY_S = 1.0
@@ -84,8 +91,9 @@ def optimize(
     stay where they are and get a subclass of their class; projections that went into a fused weight
     remain as views of it.
 
-    All packed weights are built before the first module is replaced: an exception leaves the model
-    as it was, and the memory used at the peak is the model, its packed weights and one layer.
+    All packed weights are built before the first module is replaced: an exception (Ctrl-C, memory
+    that runs out) leaves the model as it was. At the peak memory holds the model, its packed
+    weights and one layer.
 
     Args:
         model: Any module in eval mode with its weights on the CPU, such as a transformers model.
@@ -131,7 +139,75 @@ def optimize(
     """
     check_model(model)
     batches = None if calibration is None else make_batches(calibration, tokenizer)
-    formats = _formats(weights, scale_kind, group_size, symmetric, activations, act_group, lm_head)
+    formats = make_formats(
+        weights, scale_kind, group_size, symmetric, activations, act_group, lm_head
+    )
+    work = plan_work(model, formats, include, exclude, fuse, strict)
+    codes = Codes()
+    if batches is not None:
+        units = _units(work)
+        total = sum(unit.size for unit in units)
+        with progress_bar(total, progress, "calibrating") as advance:
+            codes.packed = calibrate(model, units, batches, advance)
+    with progress_bar(work.size, progress, "packing weights") as advance:
+        carry_out(model, work, codes, advance)
+    if fuse:
+        use_own_attention(model)
+        note_left(model, work.left)
+    options = {
+        "weights": weights,
+        "scale_kind": scale_kind,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "activations": activations,
+        "act_group": act_group,
+        "lm_head": lm_head,
+        "include": include,
+        "exclude": exclude,
+        "fuse": fuse,
+    }
+    note_options(model, options)
+    count = len(work.todo)
+    _logger.info("optimize: packed %d layers, fused %d blocks", count, len(work.blocks))
+    return model
+
+
+@dataclass(frozen=True)
+class Work:
+    """What `optimize` is going to do to a model.
+
+    Attributes:
+        formats: As `make_formats` gives them.
+        todo: What is packed, with what goes into blocks.
+        alone: What of that is packed on its own.
+        blocks: What is fused.
+        left: Blocks that are not.
+    """
+
+    formats: Formats
+    todo: list[Site]
+    alone: list[Site]
+    blocks: list[Block]
+    left: dict[str, Left]
+
+    @property
+    def size(self) -> int:
+        """The number of weights in `todo`, shared ones once."""
+        return _count(self.todo)
+
+
+def plan_work(
+    model: nn.Module,
+    formats: Formats,
+    include: Patterns | None,
+    exclude: Patterns | None,
+    fuse: bool,
+    strict: bool,
+) -> Work:
+    """Decides what `optimize` with these arguments does; changes nothing.
+
+    Weights may be on the meta device; rotary tables on it are left.
+    """
     sites = find_sites(model)
     blocks = possible_blocks(model) if fuse else []
     included, excluded = chooser(sites, blocks, include, exclude)
@@ -146,25 +222,28 @@ def optimize(
         _check_dtype(site)
     taken = {site.module for block in plan.blocks for site in block.sites}
     alone = [site for site in todo if site.module not in taken]
-    codes = _Codes()
-    if batches is not None:
-        units = _units(alone, plan.blocks, formats)
-        total = sum(unit.size for unit in units)
-        with _bar(total, progress, "calibrating") as advance:
-            codes.packed = calibrate(model, units, batches, advance)
-    with torch.no_grad(), _bar(_count(todo), progress, "packing weights") as advance:
-        replacements = _build(alone, formats, codes, advance)
-        swaps = _build_blocks(plan.blocks, formats[False], codes, advance)
-    _swap(model, replacements, _remaining_ties(model, replacements), swaps)
-    if fuse:
-        _note_left(model, plan.left)
-    _logger.info(
-        "optimize: packed %d of %d layers, fused %d blocks", len(todo), len(sites), len(swaps)
-    )
-    return model
+    return Work(formats, todo, alone, plan.blocks, plan.left)
 
 
-def _formats(
+def carry_out(
+    model: nn.Module, work: Work, codes: Codes, advance: Callable[[int], object]
+) -> dict[nn.Module, PackedModule]:
+    """Packs and fuses what `work` says; an exception leaves the model as it was.
+
+    Returns:
+        What replaced the modules of `work.alone`.
+    """
+    with torch.no_grad():
+        replacements = _build(work.alone, work.formats, codes, advance)
+        swaps = _build_blocks(work.blocks, work.formats[False], codes, advance)
+    ties = remaining_ties(model, replacements)
+    with uninterrupted():
+        swap(model, replacements, ties, swaps)
+    memory.give_back()
+    return replacements
+
+
+def make_formats(
     weights: str,
     scale_kind: str | None,
     group_size: int | None,
@@ -172,8 +251,8 @@ def _formats(
     activations: str,
     act_group: int | None,
     lm_head: str | None,
-) -> dict[bool, _Format | None]:
-    """The formats of the other layers (False) and of head and embeddings (True; None: left)."""
+) -> Formats:
+    """Returns the formats of other layers (False) and of head and embeddings (True; None: left)."""
     if weights not in _BITS:
         raise ValueError(f'optimize: expected weights "int4" or "int8", got {weights!r}')
     if lm_head is not None and lm_head not in _BITS:
@@ -239,19 +318,17 @@ def _by_weight(todo: list[Site]) -> list[list[Site]]:
     return list(groups.values())
 
 
-def _units(
-    alone: list[Site], blocks: list[Block], formats: dict[bool, _Format | None]
-) -> list[Unit]:
+def _units(work: Work) -> list[Unit]:
     """What is calibrated together: the layers of a fused weight, or those that share one."""
     units = []
-    for first, *twins in _by_weight(alone):
-        how = formats[first.is_head]
+    for first, *twins in _by_weight(work.alone):
+        how = work.formats[first.is_head]
         assert how is not None
         others = tuple(site.module for site in twins)
         units.append(Unit(first.name, (first.module,), others, how.quantize, how.pack))
-    how = formats[False]
+    how = work.formats[False]
     assert how is not None
-    for block in blocks:
+    for block in work.blocks:
         if block.sites:
             layers = tuple(site.module for site in block.sites)
             units.append(Unit(block.sites[0].name, layers, (), how.quantize, how.pack))
@@ -259,8 +336,8 @@ def _units(
 
 
 @dataclass
-class _Codes:
-    """Weights that calibration has packed, by their first module."""
+class Codes:
+    """Weights that calibration has packed, by their first module; none where it did not run."""
 
     packed: dict[nn.Module, Tensor] = field(default_factory=dict)
 
@@ -272,8 +349,8 @@ class _Codes:
 
 def _build(
     todo: list[Site],
-    formats: dict[bool, _Format | None],
-    codes: _Codes,
+    formats: Formats,
+    codes: Codes,
     advance: Callable[[int], object],
 ) -> dict[nn.Module, PackedModule]:
     """The packed modules that take the places of those of `todo`; nothing is replaced yet."""
@@ -292,7 +369,7 @@ def _build(
 
 
 def _build_blocks(
-    blocks: list[Block], how: _Format | None, codes: _Codes, advance: Callable[[int], object]
+    blocks: list[Block], how: _Format | None, codes: Codes, advance: Callable[[int], object]
 ) -> list[Swap]:
     """What fusing the blocks puts in place; nothing is changed yet."""
     assert how is not None
@@ -301,11 +378,11 @@ def _build_blocks(
         first = block.sites[0].module if block.sites else block.module
         calibrated = first in codes.packed
         with _named(block.name):
-            swap = build(block, partial(codes.quantize, first, how), how.pack)
-        for child in swap.children.values():
+            made = build(block, partial(codes.quantize, first, how), how.pack)
+        for child in made.children.values():
             if isinstance(child, PackedModule):
                 child.calibrated = calibrated
-        swaps.append(swap)
+        swaps.append(made)
         advance(_count(list(block.sites)))
     return swaps
 
@@ -327,7 +404,7 @@ def _replacement(module: nn.Module, packed: Tensor, dtype: torch.dtype) -> Packe
 
 
 @contextmanager
-def _bar(total: int, progress: bool, title: str) -> Iterator[Any]:
+def progress_bar(total: int, progress: bool, title: str) -> Iterator[Any]:
     """A function that advances a progress bar over `total` weights."""
     if not progress:
         yield lambda count: None
@@ -338,7 +415,7 @@ def _bar(total: int, progress: bool, title: str) -> Iterator[Any]:
         yield bar.update
 
 
-def _remaining_ties(
+def remaining_ties(
     model: nn.Module, replacements: dict[nn.Module, PackedModule]
 ) -> dict[nn.Module, dict[str, str]]:
     """For transformers' models in `model`: which of their tied weights are still parameters.
@@ -360,7 +437,7 @@ def _remaining_ties(
     return remaining
 
 
-def _swap(
+def swap(
     model: nn.Module,
     replacements: dict[nn.Module, PackedModule],
     ties: dict[nn.Module, dict[str, str]],
@@ -372,12 +449,9 @@ def _swap(
             if child in replacements:
                 parent._modules[name] = replacements[child]
     put(swaps)
+    link_runs(model)
     for module, kept in ties.items():
+        vars(module).setdefault("_slmops_ties", getattr(module, "_tied_weights_keys", None))
         vars(module)["_tied_weights_keys"] = kept
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-
-
-def _note_left(model: nn.Module, left: dict[str, Left]) -> None:
-    """Leaves a note for `report`: why blocks are not fused."""
-    vars(model)["_slmops_left"] = {n: (block.what, block.reason) for n, block in left.items()}

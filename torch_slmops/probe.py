@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -16,15 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from torch_slmops.families import ACTIVATIONS
-from torch_slmops.fused import AttentionSpec, ExpertsSpec, MLPSpec, NormSpec, attend
+from torch_slmops.fused import AttentionSpec, ExpertsSpec, MLPSpec, NormSpec, attend, read
+from torch_slmops.fused_decoder import LayerSpec
 
-__all__ = ["activation_kind", "difference", "plain_forward"]
+__all__ = ["activation_kind", "difference", "expecting", "plain_forward"]
 
 # float32 sums of the same terms, in whatever order; relative to the largest value.
 _TOLERANCE = 2e-5
 _PROBE_EXPERTS = 3
 _HALF = 0.5
-_Spec = NormSpec | MLPSpec | ExpertsSpec | AttentionSpec
+# What a decoder layer hands on to its attention.
+_PASSED_ON = ("attention_mask", "position_embeddings", "past_key_values", "cache")
+_Spec = NormSpec | MLPSpec | ExpertsSpec | AttentionSpec | LayerSpec
 
 _probed: dict[Hashable, str | None] = {}
 
@@ -33,12 +39,42 @@ class _Differs(Exception):
     """What a module computes differently from what its row says."""
 
 
+@dataclass(frozen=True)
+class _Expected:
+    """The names of the rows that modules were found to be before, and whether to probe again."""
+
+    rows: Mapping[nn.Module, str]
+    probe: bool
+
+
+_expected: ContextVar[_Expected | None] = ContextVar("expected", default=None)
+
+
+@contextmanager
+def expecting(rows: Mapping[nn.Module, str], probe: bool) -> Iterator[None]:
+    """Inside it, a module of `rows` is the row of that name or none.
+
+    Without `probe` it is not compared again: for modules whose very code was compared before.
+    """
+    token = _expected.set(_Expected(rows, probe))
+    try:
+        yield
+    finally:
+        _expected.reset(token)
+
+
 def difference(module: nn.Module, spec: _Spec, extras: Hashable = ()) -> str | None:
     """Returns what `module` computes differently from `spec`, or None; remembered for its likes.
 
     `extras`: what the outcome depends on besides the class, the parameters' shapes, the config and
     attributes of simple types.
     """
+    expected = _expected.get()
+    if expected is not None and module in expected.rows:
+        if spec.row.name != expected.rows[module]:
+            return f"it was a {expected.rows[module]} before"
+        if not expected.probe:
+            return None
     config = vars(module).get("config")
     config = repr(getattr(config, "__dict__", config))
     scalars = tuple(
@@ -68,6 +104,8 @@ def _probe(module: nn.Module, spec: _Spec) -> None:
         _probe_mlp(module, spec)
     elif isinstance(spec, ExpertsSpec):
         _probe_experts(module, spec)
+    elif isinstance(spec, LayerSpec):
+        _probe_layer(module, spec)
     else:
         _probe_attention(module, spec)
 
@@ -229,6 +267,46 @@ def _probe_attention(module: nn.Module, spec: AttentionSpec) -> None:
     for i, call in enumerate(ours.calls):
         _compare("what it gives to its cache or to attention", call, original.calls[i])
     _compare("output", got, expected)
+
+
+class _Stub(nn.Module):
+    """Stands in for a child of a layer: some function, and a note of the arguments."""
+
+    def __init__(self, number: int, pair: bool) -> None:
+        super().__init__()
+        self.number, self.pair = number, pair
+        self.calls: list[dict[str, Any]] = []
+
+    def compute(self, x: Tensor) -> Tensor:
+        return x.roll(self.number, -1) * (0.5 + self.number) + self.number
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        self.calls.append(kwargs)
+        y = self.compute(hidden_states)
+        return (y, None) if self.pair else y
+
+
+def _probe_layer(module: nn.Module, spec: LayerSpec) -> None:
+    row = spec.row
+    clone: Any = copy.copy(module)
+    clone._modules = dict(module._modules)
+    names = (row.attention, row.mlp, *(name for name in row.norms if name is not None))
+    stubs = {name: _Stub(i + 1, name == row.attention) for i, name in enumerate(names)}
+    clone._modules.update(stubs)
+
+    def part(name: str | None, x: Tensor) -> Tensor:
+        return x if name is None else stubs[name].compute(x)
+
+    x = _uniform(_source(), 2, 3, 8)
+    given = {name: object() for name in _PASSED_ON if name in spec.parameters}
+    y = clone(x, **given)
+    pre_attention, post_attention, pre_mlp, post_mlp = row.norms
+    factor = 1.0 if row.multiplier is None else read(module, row.multiplier)
+    attended = part(post_attention, part(row.attention, part(pre_attention, x)))
+    h = x + factor * attended
+    _compare("output", h + factor * part(post_mlp, part(row.mlp, part(pre_mlp, h))), y)
+    got = [{k: v for k, v in call.items() if k in given} for call in stubs[row.attention].calls]
+    _compare("what it gives to its attention", got, [given])
 
 
 def plain_forward(module: nn.Module) -> FunctionType | None:

@@ -84,7 +84,9 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 def weight_key(weight: Tensor) -> tuple[object, ...]:
     """Equal for tensors that are the same memory seen alike: one packed buffer serves them."""
-    return weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype
+    # On the meta device all addresses are 0; their storages are objects of their own.
+    address = weight.data_ptr() or weight.untyped_storage()._cdata
+    return address, tuple(weight.shape), weight.stride(), weight.dtype
 
 
 def chooser(
@@ -170,8 +172,9 @@ def check_model(model: object) -> None:
 
 
 def _check_unquantized(model: nn.Module) -> None:
+    ours = getattr(getattr(model, "hf_quantizer", None), "is_slmops", False)
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if getattr(model, mark, None):
+        if getattr(model, mark, None) and not ours:
             raise ValueError(
                 f"optimize: the model is quantized already (its {mark} is set); load it unquantized"
             )

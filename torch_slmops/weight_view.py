@@ -52,6 +52,8 @@ class WeightView(torch.Tensor):
     # torch.nn.Parameter's instance check asks for this mark. A module's `weight` has to pass it:
     # transformers' tie_weights looks for parameters.
     _is_param = True
+    # And its initialization of weights that a checkpoint lacks asks for this one.
+    _is_hf_initialized = True
 
     @staticmethod
     def __new__(

@@ -18,13 +18,15 @@ inline Angles angles_at(const HeadsArgs& args, int64_t row) {
 /// Heads [begin, end) of part `part` (0: q, 1: k, 2: v) of one row, at x.
 inline void finish_part(const HeadsArgs& args, int part, int64_t row, int64_t begin, int64_t end,
                         const Angles& angles, float* x) {
-  const int64_t d = args.d, heads = args.heads[part];
+  const int64_t d = args.d;
   const bool rotated = part < 2;
   const int64_t width = rotated ? args.norm_width[part] : 0;
   if (width > d) rms_norm_row(args.norm[part], x, DType::f32, x, DType::f32, width);
-  uint8_t* out =
-      static_cast<uint8_t*>(args.out[part]) + (row * heads + begin) * d * size_of(args.type);
-  for (int64_t head = begin; head < end; ++head, x += d, out += d * size_of(args.type)) {
+  const HeadsOut& to = args.out[part];
+  const int64_t at = row / args.length * to.batch_stride + row % args.length * to.length_stride;
+  for (int64_t head = begin; head < end; ++head, x += d) {
+    uint8_t* out =
+        static_cast<uint8_t*>(to.data) + (at + head * to.head_stride) * size_of(args.type);
     if (width == d) rms_norm_row(args.norm[part], x, DType::f32, x, DType::f32, d);
     if (rotated && angles.r > 0) {
       rotate_head(angles, args.interleaved, x, DType::f32, out, args.type, d);

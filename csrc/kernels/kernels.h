@@ -98,6 +98,16 @@ struct AddNormArgs {
   void* sum;  // [rows][k] of the type of x
 };
 
+/// out = x + branch * factor, the product (where factor is not 1) and the sum rounded to `type`.
+struct SumArgs {
+  const void* x;       // [rows][k] of type; may be `out`
+  const void* branch;  // [rows][k] of type
+  void* out;
+  DType type;
+  float factor;
+  int64_t k;
+};
+
 /// Heads to rotate: item (b * length + l) * heads + h. Strides in elements.
 struct RotaryArgs {
   const void* x;  // [batch][length][heads][d] of type
@@ -113,11 +123,17 @@ struct RotaryArgs {
   void* out;  // [batch][length][heads][d] of type
 };
 
+/// Where heads [batch][length][heads][d] are written; strides in elements, d contiguous.
+struct HeadsOut {
+  void* data;
+  int64_t batch_stride, length_stride, head_stride;
+};
+
 /// The heads of q, k, v and what becomes of them after the projection.
 struct HeadsArgs {
   int64_t heads[3];
   int64_t d;
-  void* out[3];  // [rows][heads][d] of type
+  HeadsOut out[3];
   DType type;
   NormWeight norm[2];     // of q and k
   int64_t norm_width[2];  // d: each head on its own; heads * d: all together; 0: no norm
@@ -194,6 +210,8 @@ struct KernelTable {
   void (*rms_norm)(const NormArgs& args, int64_t begin, int64_t end);
   /// The same of sum = x + residual, which is rounded to the type of x and kept.
   void (*add_rms_norm)(const AddNormArgs& args, int64_t begin, int64_t end);
+  /// Rows [begin, end) of args.
+  void (*add)(const SumArgs& args, int64_t begin, int64_t end);
   /// Items [begin, end) of x, turned by their positions' angles.
   void (*rotary)(const RotaryArgs& args, int64_t begin, int64_t end);
   /// Norm, rotary embedding and the one rounding of heads [head, head + count) of q, k, v, in this

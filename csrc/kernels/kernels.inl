@@ -24,6 +24,7 @@ constinit const KernelTable kernels = {
     .quantize_weight = quantize_weight,
     .rms_norm = rms_norm,
     .add_rms_norm = add_rms_norm,
+    .add = add,
     .rotary = rotary,
     .heads = heads,
     .gate = gate,

@@ -1,5 +1,5 @@
 // y[i] = x[i] / sqrt(mean(x^2) + eps) * (offset + w[i]): rows normalised by their root mean square,
-// alone, after an addition, or in fp32 scratch.
+// alone, after an addition, or in fp32 scratch; and the addition alone.
 #pragma once
 #include "common.h"
 
@@ -78,6 +78,22 @@ inline void add_rms_norm(const AddNormArgs& add, int64_t begin, int64_t end) {
                  static_cast<uint8_t*>(args.out) + row * k * size_of(args.out_type), args.out_type,
                  k);
   }
+}
+
+inline void add(const SumArgs& args, int64_t begin, int64_t end) {
+  const int64_t from = begin * args.k * size_of(args.type);
+  const uint8_t* x = static_cast<const uint8_t*>(args.x) + from;
+  const uint8_t* branch = static_cast<const uint8_t*>(args.branch) + from;
+  uint8_t* out = static_cast<uint8_t*>(args.out) + from;
+  const F32 factor = splat(args.factor);
+  with_type(args.type, [&](auto constant) {
+    constexpr DType kType = decltype(constant)::value;
+    for_lanes((end - begin) * args.k, [&](int64_t i, auto lanes) {
+      F32 y = load_lanes(kType, branch, i, lanes);
+      if (args.factor != 1.0f) y = round_as(kType, y * factor);
+      store_lanes(kType, out, i, load_lanes(kType, x, i, lanes) + y, lanes);
+    });
+  });
 }
 
 }  // namespace

@@ -1,15 +1,13 @@
 // attention: out = softmax(q k^T * scale + mask) v per query and query head, keys in splits of 256
 // positions.
+#include "attention.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
 
 #include "../isa/isa.h"
-#include "check.h"
-#include "parallel.h"
-#include "scratch.h"
 
 namespace slmops {
 namespace {
@@ -20,7 +18,7 @@ constexpr int64_t kLargestPosition = int64_t{1} << 53;
 // Rows of an item: enough to make its copy of keys and values cheap (3 % of the products), few
 // enough to stay with it in a second-level cache of 512 KiB.
 constexpr int64_t kItemRows = 128;
-// Items per thread below which the splits of the keys are shared out too.
+// Items per worker below which the splits of the keys are shared out too.
 constexpr int64_t kLeastItems = 4;
 
 /// A checked [batch, length, heads, d] and the owner of what it points into.
@@ -53,25 +51,6 @@ void check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
   check_type(kOp, "v", v, k.scalar_type());
 }
 
-/// The mask as the kernel reads it: fields of args, and the owner of its memory.
-std::optional<Tensor> set_mask(const std::optional<Tensor>& mask, AttentionArgs* args) {
-  if (!mask.has_value()) return std::nullopt;
-  const bool fits = mask->dim() == 4 && (mask->size(0) == 1 || mask->size(0) == args->batch) &&
-                    (mask->size(1) == 1 || mask->size(1) == args->heads) &&
-                    mask->size(2) == args->queries && mask->size(3) == args->keys;
-  SLMOPS_CHECK(fits, kOp, ": expected mask of shape (", args->batch, " or 1, ", args->heads,
-               " or 1, ", args->queries, ", ", args->keys, "), got ", shape(*mask));
-  args->mask_is_bool = mask->scalar_type() == ScalarType::Bool;
-  if (!args->mask_is_bool) args->mask_type = float_type(kOp, "mask", mask->scalar_type());
-  Tensor owner =
-      mask->size(3) <= 1 || mask->stride(3) == 1 ? *mask : torch::stable::contiguous(*mask);
-  args->mask = owner.const_data_ptr();
-  args->mask_batch_stride = owner.size(0) == 1 ? 0 : owner.stride(0);
-  args->mask_head_stride = owner.size(1) == 1 ? 0 : owner.stride(1);
-  args->mask_query_stride = owner.stride(2);
-  return owner;
-}
-
 std::optional<Tensor> set_first_position(const std::optional<Tensor>& first, AttentionArgs* args) {
   if (!first.has_value()) return std::nullopt;
   check_type(kOp, "first_position", *first, ScalarType::Long);
@@ -86,33 +65,60 @@ std::optional<Tensor> set_first_position(const std::optional<Tensor>& first, Att
   return owner;
 }
 
-/// Whole items on threads, or where they are too few one split of the keys each, merged afterwards.
-void run(AttentionArgs* args) {
-  const int64_t group = args->heads / args->kv_heads;
-  args->block = std::max<int64_t>(1, std::min(args->queries, kItemRows / group));
-  args->blocks = (args->queries + args->block - 1) / args->block;
-  const int64_t items = args->batch * args->kv_heads * args->blocks;
-  const int64_t rows = args->batch * args->queries * args->heads;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t splits = (args->keys + kSplit - 2) / kSplit + 1;
-  const bool apart = threads > 1 && items < kLeastItems * threads && args->keys > kSplit;
-  args->splits = apart ? splits : 0;
-  const int64_t count = apart ? items * splits : items;
-  const int64_t cost = args->block * group * (args->d + args->dv) * (apart ? kSplit : args->keys);
-  const int64_t shares = share_count(count, cost);
-  const int64_t bytes = aligned_bytes(attention_scratch_bytes(*args));
-  const int64_t parts = rows * args->splits * part_floats(args->dv);
-  Scratch scratch(shares * bytes + aligned_bytes(parts * int64_t{sizeof(float)}));
-  uint8_t* own = scratch.take<uint8_t>(shares * bytes);
-  if (apart) args->parts = scratch.take<float>(parts);
-  const KernelTable& table = kernels();
-  parallel(count, shares, [&](int64_t share, int64_t begin, int64_t end) {
-    table.attention(*args, begin, end, own + share * bytes);
-  });
-  if (!apart) return;
-  parallel(rows, share_count(rows, splits * part_floats(args->dv)),
-           [&](int64_t, int64_t begin, int64_t end) { table.attention_merge(*args, begin, end); });
+}  // namespace
+
+std::optional<Tensor> set_mask(const char* op, const std::optional<Tensor>& mask,
+                               AttentionArgs* args) {
+  if (!mask.has_value()) return std::nullopt;
+  const bool fits = mask->dim() == 4 && (mask->size(0) == 1 || mask->size(0) == args->batch) &&
+                    (mask->size(1) == 1 || mask->size(1) == args->heads) &&
+                    mask->size(2) == args->queries && mask->size(3) == args->keys;
+  SLMOPS_CHECK(fits, op, ": expected mask of shape (", args->batch, " or 1, ", args->heads,
+               " or 1, ", args->queries, ", ", args->keys, "), got ", shape(*mask));
+  args->mask_is_bool = mask->scalar_type() == ScalarType::Bool;
+  if (!args->mask_is_bool) args->mask_type = float_type(op, "mask", mask->scalar_type());
+  Tensor owner =
+      mask->size(3) <= 1 || mask->stride(3) == 1 ? *mask : torch::stable::contiguous(*mask);
+  args->mask = owner.const_data_ptr();
+  args->mask_batch_stride = owner.size(0) == 1 ? 0 : owner.stride(0);
+  args->mask_head_stride = owner.size(1) == 1 ? 0 : owner.stride(1);
+  args->mask_query_stride = owner.stride(2);
+  return owner;
 }
+
+AttentionScratch::AttentionScratch(const AttentionArgs& args, int64_t workers, Scratch* scratch) {
+  const int64_t group = args.heads / args.kv_heads;
+  block = std::max<int64_t>(1, std::min(args.queries, kItemRows / group));
+  blocks = (args.queries + block - 1) / block;
+  const int64_t items = args.batch * args.kv_heads * blocks;
+  const bool apart = workers > 1 && items < kLeastItems * workers && args.keys > kSplit;
+  splits = apart ? (args.keys + kSplit - 2) / kSplit + 1 : 0;
+  const int64_t rows = args.batch * args.queries * args.heads;
+  parts = apart ? scratch->take<float>(rows * splits * part_floats(args.dv)) : nullptr;
+  AttentionArgs cut = args;
+  apply(&cut);
+  own = scratch->take_each(workers, attention_scratch_bytes(cut));
+}
+
+void AttentionScratch::apply(AttentionArgs* args) const {
+  args->block = block;
+  args->blocks = blocks;
+  args->splits = splits;
+  args->parts = parts;
+}
+
+void run_attention(Worker* worker, const AttentionArgs& args, const AttentionScratch& scratch) {
+  const int64_t items = args.batch * args.kv_heads * args.blocks;
+  worker->share(items * std::max<int64_t>(1, args.splits), [&](int64_t begin, int64_t end) {
+    kernels().attention(args, begin, end, scratch.own.of(worker->index()));
+  });
+}
+
+void merge_splits(const AttentionArgs& args, int64_t begin, int64_t end) {
+  if (args.splits != 0) kernels().attention_merge(args, begin, end);
+}
+
+namespace {
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v,
                  const std::optional<Tensor>& mask, const std::optional<Tensor>& first_position,
@@ -150,9 +156,19 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v,
                         .splits = 0,
                         .parts = nullptr,
                         .out = out.mutable_data_ptr()};
-  const std::optional<Tensor> seen = set_mask(mask, &args);
+  const std::optional<Tensor> seen = set_mask(kOp, mask, &args);
   const std::optional<Tensor> first = set_first_position(first_position, &args);
-  if (out.numel() > 0) run(&args);
+  if (out.numel() == 0) return out;
+  const int64_t rows = args.batch * args.queries * args.heads;
+  const int64_t workers = Team::size_for(rows * args.keys * (args.d + args.dv));
+  Scratch scratch;
+  const AttentionScratch own(args, workers, &scratch);
+  own.apply(&args);
+  Team::run(workers, [&](Worker& worker) {
+    run_attention(&worker, args, own);
+    worker.share(args.splits == 0 ? 0 : rows,
+                 [&](int64_t begin, int64_t end) { merge_splits(args, begin, end); });
+  });
   return out;
 }
 

@@ -45,7 +45,7 @@ Tensor embedding(const Tensor& ids, const Tensor& packed, int64_t dim, ScalarTyp
                ": expected ids of dtype int64 or int32, got ", name(id_type));
   const int64_t count = ids.numel();
   // Checked in a copy of our own, which another thread cannot change before the kernel reads it.
-  Scratch scratch(aligned_bytes(count * int64_t{sizeof(int64_t)}));
+  Scratch scratch;
   int64_t* checked = scratch.take<int64_t>(count);
   const Tensor flat = to_contiguous(ids);
   if (id_type == ScalarType::Long) {

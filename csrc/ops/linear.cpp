@@ -12,31 +12,6 @@ namespace {
 
 constexpr char kOp[] = "linear";
 
-/// Everything a call works with, checked.
-struct Problem {
-  const Format& f;
-  SourceRows x;
-  const uint8_t* packed;
-  const Bias& bias;
-  uint8_t* out;
-  DType out_type;
-};
-
-void run_slab(const Problem& p, int64_t row, int64_t rows) {
-  const Format& f = p.f;
-  Scratch scratch(activation_bytes(f, rows));
-  const SlabActivations x = take_activations(f, rows, &scratch);
-  fill_activations(f, p.x, row, rows, x);
-  run_product({.f = f,
-               .packed = p.packed,
-               .x = x,
-               .rows = rows,
-               .bias = p.bias.data(),
-               .bias_type = p.bias.type,
-               .out = p.out + row * f.n * size_of(p.out_type),
-               .out_type = p.out_type});
-}
-
 Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features,
               const std::optional<Tensor>& bias, const std::optional<Tensor>& perm,
               std::optional<ScalarType> out_dtype) {
@@ -48,14 +23,29 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features,
   const DType y_type = float_type(kOp, "out_dtype", out_type);
   const Rows rows(x);
   Tensor out = new_rows(x, f.n, out_type);
-  const Problem p = {.f = f,
-                     .x = {rows.data(), x_type, rows.stride(), columns.data()},
-                     .packed = static_cast<const uint8_t*>(packed.const_data_ptr()),
-                     .bias = checked_bias,
-                     .out = static_cast<uint8_t*>(out.mutable_data_ptr()),
-                     .out_type = y_type};
-  const int64_t m = x.numel() / f.k, slab = slab_rows(row_bytes(f));
-  for (int64_t row = 0; row < m; row += slab) run_slab(p, row, std::min(slab, m - row));
+  const SourceRows src = {rows.data(), x_type, rows.stride(), columns.data()};
+  uint8_t* y = static_cast<uint8_t*>(out.mutable_data_ptr());
+  const int64_t m = x.numel() / f.k, slab = std::min(m, slab_rows(row_bytes(f)));
+  if (m == 0) return out;
+  const int64_t workers = Team::size_for(m * f.k_padded * f.tiles * kTile);
+  Scratch scratch;
+  const SlabActivations activations = take_activations(f, slab, &scratch);
+  const WorkerScratch own = scratch.take_each(workers, product_bytes(f, slab));
+  Team::run(workers, [&](Worker& worker) {
+    for (int64_t row = 0; row < m; row += slab) {
+      const int64_t count = std::min(slab, m - row);
+      fill_activations(&worker, f, src, row, count, activations);
+      run_product(&worker, {.f = f,
+                            .packed = static_cast<const uint8_t*>(packed.const_data_ptr()),
+                            .x = activations,
+                            .rows = count,
+                            .bias = checked_bias.data(),
+                            .bias_type = checked_bias.type,
+                            .out = y + row * f.n * size_of(y_type),
+                            .out_type = y_type,
+                            .scratch = own});
+    }
+  });
   return out;
 }
 

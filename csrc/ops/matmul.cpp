@@ -9,27 +9,10 @@ constexpr int64_t kMostBlockRows = 256;  // a block's chunk of activations is in
 constexpr int64_t kLeastBlockRows = 48;  // fewer would unpack a tile's weights for too little work
 constexpr int64_t kPassRows = 4;         // blocks are multiples of what fills the registers
 
-int64_t block_rows(int64_t units, int64_t rows) {
-  if (rows <= kLeastBlockRows) return rows;
-  // Four items per thread keep the uneven end of their shares short.
-  const int64_t wanted_items = 4 * int64_t{torch::stable::get_num_threads()};
-  int64_t blocks = (rows + kMostBlockRows - 1) / kMostBlockRows;
-  blocks = std::max(blocks, std::min((wanted_items + units - 1) / units, rows / kLeastBlockRows));
-  const int64_t even = (rows + blocks - 1) / blocks;
-  return (even + kPassRows - 1) / kPassRows * kPassRows;
-}
-
 }  // namespace
 
 int64_t slab_rows(int64_t row_bytes) {
   return std::max<int64_t>(kPassRows, kSlabBytes / row_bytes / kPassRows * kPassRows);
-}
-
-int64_t activation_bytes(const Format& f, int64_t rows) {
-  if (!is_int8(f)) return aligned_bytes(rows * row_bytes(f));
-  return aligned_bytes(rows * f.k_padded) +
-         aligned_bytes(rows * (f.k_padded / f.act_group) * int64_t{sizeof(float)}) +
-         aligned_bytes(rows * presets_per_row(f) * int64_t{sizeof(int32_t)});
 }
 
 SlabActivations take_activations(const Format& f, int64_t rows, Scratch* scratch) {
@@ -40,18 +23,19 @@ SlabActivations take_activations(const Format& f, int64_t rows, Scratch* scratch
           nullptr};
 }
 
-void fill_activations(const Format& f, const SourceRows& src, int64_t row, int64_t rows,
-                      const SlabActivations& out) {
-  SourceRows slab = src;
-  slab.x = static_cast<const uint8_t*>(src.x) + row * src.stride * size_of(src.type);
-  const KernelTable& table = kernels();
-  parallel(rows, share_count(rows, f.k_padded * 8), [&](int64_t, int64_t begin, int64_t end) {
-    if (is_int8(f)) {
-      table.quantize_rows(f, slab, out.quantized, begin, end);
-    } else {
-      table.widen_rows(f, slab, out.wide, begin, end);
-    }
-  });
+void fill_rows(const Format& f, const SourceRows& src, const SlabActivations& out, int64_t begin,
+               int64_t end) {
+  if (is_int8(f)) {
+    kernels().quantize_rows(f, src, out.quantized, begin, end);
+  } else {
+    kernels().widen_rows(f, src, out.wide, begin, end);
+  }
+}
+
+void fill_activations(Worker* worker, const Format& f, const SourceRows& src, int64_t row,
+                      int64_t rows, const SlabActivations& out) {
+  const SourceRows slab = rows_from(src, row);
+  worker->share(rows, [&](int64_t begin, int64_t end) { fill_rows(f, slab, out, begin, end); });
 }
 
 LinearArgs linear_args(const Format& f, const uint8_t* packed, const SlabActivations& x) {
@@ -69,30 +53,34 @@ LinearArgs linear_args(const Format& f, const uint8_t* packed, const SlabActivat
           .scratch = nullptr};
 }
 
-Cut cut_work(int64_t units, int64_t rows, int64_t cost) {
-  const int64_t block = block_rows(units, rows);
-  const int64_t items = units * ((rows + block - 1) / block);
-  return {units, rows, block, items, share_count(items, block * cost)};
+int64_t most_block_rows(int64_t rows) { return std::min(rows, kMostBlockRows); }
+
+Cut::Cut(int64_t units, int64_t rows, int64_t workers) : units(units), rows(rows), block(rows) {
+  if (rows <= kLeastBlockRows) return;
+  // Four items per worker keep the uneven end of their work short.
+  int64_t blocks = (rows + kMostBlockRows - 1) / kMostBlockRows;
+  blocks = std::max(blocks, std::min((4 * workers + units - 1) / units, rows / kLeastBlockRows));
+  const int64_t even = (rows + blocks - 1) / blocks;
+  block = (even + kPassRows - 1) / kPassRows * kPassRows;
 }
 
-void run_product(const Product& p) {
+int64_t product_bytes(const Format& f, int64_t rows) {
+  return scratch_bytes(f, most_block_rows(rows));
+}
+
+void run_product(Worker* worker, const Product& p) {
   const Format& f = p.f;
-  const Cut cut = cut_work(f.tiles, p.rows, f.k_padded * kTile);
-  const int64_t share_bytes = aligned_bytes(scratch_bytes(f, cut.block));
-  Scratch scratch(cut.shares * share_bytes);
-  uint8_t* shares = scratch.take<uint8_t>(cut.shares * share_bytes);
   LinearArgs args = linear_args(f, p.packed, p.x);
   args.bias = p.bias;
   args.bias_type = p.bias_type;
   args.out = p.out;
   args.out_type = p.out_type;
   args.out_stride = f.n;
+  args.scratch = p.scratch.of(worker->index());
   const KernelTable& table = kernels();
-  run_cut(cut, [&](int64_t share, int64_t tile, int64_t first, int64_t last) {
-    LinearArgs mine = args;
-    mine.scratch = shares + share * share_bytes;
-    table.linear(mine, tile, first, last);
-  });
+  share_cut(
+      worker, Cut(f.tiles, p.rows, worker->size()),
+      [&](int64_t tile, int64_t first, int64_t last) { table.linear(args, tile, first, last); });
 }
 
 Format weight_format(const char* op, const char* argument, const Tensor& packed, int64_t n,

@@ -1,15 +1,15 @@
 // What the ops on packed weights share: activations prepared once per slab of rows, and the cut of
-// a slab's work into shares.
+// a slab's work into items.
 //
-// Neither slabs nor blocks of rows nor shares can change a result: an output depends on its own
+// Neither slabs nor blocks of rows nor workers can change a result: an output depends on its own
 // row and tile alone.
 #pragma once
 #include <algorithm>
 
 #include "../isa/isa.h"
 #include "check.h"
-#include "parallel.h"
 #include "scratch.h"
+#include "team.h"
 
 namespace slmops {
 
@@ -29,32 +29,41 @@ struct SlabActivations {
   float* wide;              // float: [rows][k_padded]
 };
 
-/// Scratch bytes of the activations of `rows` rows.
-int64_t activation_bytes(const Format& f, int64_t rows);
 SlabActivations take_activations(const Format& f, int64_t rows, Scratch* scratch);
-/// Quantizes or widens rows [row, row + rows) of `src`, which become the slab's first.
-void fill_activations(const Format& f, const SourceRows& src, int64_t row, int64_t rows,
-                      const SlabActivations& out);
+/// Quantizes or widens rows [begin, end) of `src` to the same rows of `out`.
+void fill_rows(const Format& f, const SourceRows& src, const SlabActivations& out, int64_t begin,
+               int64_t end);
+/// A phase: rows [row, row + rows) of `src`, which become the slab's first.
+void fill_activations(Worker* worker, const Format& f, const SourceRows& src, int64_t row,
+                      int64_t rows, const SlabActivations& out);
+
+/// Rows of `src` from `row` on.
+inline SourceRows rows_from(SourceRows src, int64_t row) {
+  src.x = static_cast<const uint8_t*>(src.x) + row * src.stride * size_of(src.type);
+  return src;
+}
 
 /// A weight with its activations and no bias, outputs in fp32; the caller sets what differs.
 LinearArgs linear_args(const Format& f, const uint8_t* packed, const SlabActivations& x);
 
-/// A slab's work: `units` of outputs times blocks of `block` rows, in `shares`.
+/// A slab's work: `units` of outputs times blocks of `block` rows, small enough for a core's cache
+/// and many enough for all workers.
 struct Cut {
-  int64_t units, rows, block, items, shares;
+  Cut(int64_t units, int64_t rows, int64_t workers);
+  int64_t items() const { return units * ((rows + block - 1) / block); }
+
+  int64_t units, rows, block;
 };
+/// Rows of a block, at most, of a cut of `rows` rows.
+int64_t most_block_rows(int64_t rows);
 
-/// Blocks are small enough for a core's cache, and many enough for all threads; `cost` of a row of
-/// a unit is in multiply-adds.
-Cut cut_work(int64_t units, int64_t rows, int64_t cost);
-
-/// Calls body(share, unit, first row, last row) for all units and blocks.
+/// A phase: body(unit, first row, last row) for all units and blocks.
 template <class Body>
-void run_cut(const Cut& cut, const Body& body) {
-  parallel(cut.items, cut.shares, [&](int64_t share, int64_t begin, int64_t end) {
+void share_cut(Worker* worker, const Cut& cut, const Body& body) {
+  worker->share(cut.items(), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item / cut.units * cut.block;
-      body(share, item % cut.units, first, std::min(first + cut.block, cut.rows));
+      body(item % cut.units, first, std::min(first + cut.block, cut.rows));
     }
   });
 }
@@ -69,8 +78,11 @@ struct Product {
   DType bias_type;
   void* out;
   DType out_type;
+  WorkerScratch scratch;  // product_bytes(f, rows)
 };
-void run_product(const Product& p);
+int64_t product_bytes(const Format& f, int64_t rows);
+/// A phase.
+void run_product(Worker* worker, const Product& p);
 
 /// The packed weight `packed` after checks that it has `n` outputs and as many inputs as x has
 /// columns; `what` and `argument` name them in errors.

@@ -33,6 +33,15 @@ std::string isas() { return runnable(features()); }
 
 std::string isa_rows() { return runnable(~0u); }
 
+std::string isa_requires(std::string name) {
+  int count;
+  const IsaRow* row = rows(&count);
+  const IsaRow* end = row + count;
+  row = std::find_if(row, end, [&](const IsaRow& r) { return name == r.name; });
+  if (row == end) throw bad_name("isa_requires", ~0u, name);
+  return feature_names(row->requires_features);
+}
+
 std::string isa_features(bool of_system) {
   return feature_names(of_system ? system_features() : features());
 }
@@ -56,6 +65,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slmops, m) {
   m.def("_isa() -> str");
   m.def("_isas() -> str");
   m.def("_isa_rows() -> str");
+  m.def("_isa_requires(str row) -> str");
   m.def("_isa_features(bool of_system) -> str");
   m.def("_set_features(str names) -> ()");
   m.def("_set_isa(str name) -> ()");
@@ -66,6 +76,7 @@ STABLE_TORCH_LIBRARY_IMPL(slmops, CompositeExplicitAutograd, m) {
   m.impl("_isa", TORCH_BOX(&isa));
   m.impl("_isas", TORCH_BOX(&isas));
   m.impl("_isa_rows", TORCH_BOX(&isa_rows));
+  m.impl("_isa_requires", TORCH_BOX(&isa_requires));
   m.impl("_isa_features", TORCH_BOX(&isa_features));
   m.impl("_set_features", TORCH_BOX(&set_features_by_name));
   m.impl("_set_isa", TORCH_BOX(&set_isa_by_name));
@@ -73,6 +84,10 @@ STABLE_TORCH_LIBRARY_IMPL(slmops, CompositeExplicitAutograd, m) {
 }
 
 }  // namespace slmops
+
+// Nothing but Python calls PyInit__C; a program without Python, where this does not exist, loads
+// the library for its ops.
+#pragma weak PyModule_Create2
 
 namespace {
 PyModuleDef definition = {.m_base = PyModuleDef_HEAD_INIT,

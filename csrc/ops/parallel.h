@@ -2,19 +2,14 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
-#include <cstdint>
-
-#include "fp_scope.h"
+#include "team.h"
 
 namespace slmops {
 
-/// How many shares to cut `items` into: at most one per thread, and none so small that waking a
-/// thread (1-3 us) costs more than it does. `cost` of an item is in multiply-adds, of which a
-/// microsecond of one core is some 2^16.
+/// How many shares to cut `items` into: at most one per thread, and none that costs less than
+/// waking a thread. `cost` of an item is in multiply-adds.
 inline int64_t share_count(int64_t items, int64_t cost) {
-  constexpr int64_t kLeastCost = int64_t{1} << 16;
-  const int64_t worth = items / std::max<int64_t>(1, kLeastCost / std::max<int64_t>(1, cost));
+  const int64_t worth = items / std::max<int64_t>(1, kThreadCost / std::max<int64_t>(1, cost));
   if (worth <= 1) return 1;
   return std::min<int64_t>(worth, torch::stable::get_num_threads());
 }

@@ -1,8 +1,7 @@
 // qkv_rotary: q, k, v = x w^T + bias, then norm and rotary embedding of q and k; fp32 until the one
 // rounding at the end.
-//
-// A unit is the least number of tiles that holds whole heads: its outputs go to fp32 scratch, from
-// which its heads are finished. A norm over the whole width of q or k needs all of a row first.
+#include "qkv_rotary.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <numeric>
@@ -10,106 +9,96 @@
 #include <tuple>
 #include <vector>
 
-#include "matmul.h"
-#include "rotary_tables.h"
 #include "rows.h"
 
 namespace slmops {
 namespace {
 
 constexpr char kOp[] = "qkv_rotary";
-constexpr int64_t kHeadCost = 8;  // multiply-adds that an element of a head is worth
 
-/// A call, checked.
-struct Problem {
-  const Format& f;
-  SourceRows x;
-  const uint8_t* packed;
-  const Bias& bias;
-  HeadsArgs heads;
-  bool by_rows;  // a norm wants all of a row
-};
+int64_t unit_tiles(const Qkv& p) { return std::lcm(p.heads.d, kTile) / kTile; }
 
 /// Units of whole heads, each finished as soon as it is computed.
-void run_by_units(const Problem& p, const SlabActivations& x, int64_t row, int64_t rows) {
+void run_by_units(Worker* worker, const Qkv& p, const SlabActivations& x, int64_t row, int64_t rows,
+                  const QkvScratch& scratch) {
   const Format& f = p.f;
-  const int64_t d = p.heads.d, tiles = std::lcm(d, kTile) / kTile, width = tiles * kTile;
-  const Cut cut = cut_work((f.tiles + tiles - 1) / tiles, rows, f.k_padded * width);
-  const int64_t linear_bytes = aligned_bytes(scratch_bytes(f, cut.block));
-  const int64_t share_bytes =
-      linear_bytes + aligned_bytes(cut.block * width * int64_t{sizeof(float)});
-  Scratch scratch(cut.shares * share_bytes);
-  uint8_t* shares = scratch.take<uint8_t>(cut.shares * share_bytes);
+  const int64_t d = p.heads.d, tiles = unit_tiles(p), width = tiles * kTile;
   LinearArgs args = linear_args(f, p.packed, x);
-  args.bias = p.bias.data();
-  args.bias_type = p.bias.type;
+  args.bias = p.bias;
+  args.bias_type = p.bias_type;
+  args.scratch = scratch.product.of(worker->index());
+  float* outputs = reinterpret_cast<float*>(scratch.unit.of(worker->index()));
+  args.out = outputs;
+  args.out_stride = width;
   const KernelTable& table = kernels();
-  run_cut(cut, [&](int64_t share, int64_t unit, int64_t first, int64_t last) {
-    LinearArgs mine = args;
-    mine.scratch = shares + share * share_bytes;
-    float* outputs = reinterpret_cast<float*>(mine.scratch + linear_bytes);
-    mine.out = outputs;
-    mine.out_stride = width;
-    mine.first_row = first;
-    mine.first_output = unit * width;
+  const Cut cut((f.tiles + tiles - 1) / tiles, rows, worker->size());
+  share_cut(worker, cut, [&](int64_t unit, int64_t first, int64_t last) {
+    args.first_row = first;
+    args.first_output = unit * width;
     const int64_t end = std::min((unit + 1) * tiles, f.tiles);
-    for (int64_t tile = unit * tiles; tile < end; ++tile) table.linear(mine, tile, first, last);
+    for (int64_t tile = unit * tiles; tile < end; ++tile) table.linear(args, tile, first, last);
     const int64_t head = unit * width / d, count = std::min(width, f.n - unit * width) / d;
     table.heads(p.heads, outputs, width, row + first, last - first, head, count);
   });
 }
 
 /// All outputs of a row, then its heads.
-void run_by_rows(const Problem& p, const SlabActivations& x, int64_t row, int64_t rows) {
+void run_by_rows(Worker* worker, const Qkv& p, const SlabActivations& x, int64_t row, int64_t rows,
+                 const QkvScratch& scratch) {
   const Format& f = p.f;
-  Scratch scratch(aligned_bytes(rows * f.n * int64_t{sizeof(float)}));
-  float* outputs = scratch.take<float>(rows * f.n);
-  run_product({.f = f,
-               .packed = p.packed,
-               .x = x,
-               .rows = rows,
-               .bias = p.bias.data(),
-               .bias_type = p.bias.type,
-               .out = outputs,
-               .out_type = DType::f32});
-  const KernelTable& table = kernels();
-  parallel(rows, share_count(rows, f.n * kHeadCost), [&](int64_t, int64_t begin, int64_t end) {
-    table.heads(p.heads, outputs + begin * f.n, f.n, row + begin, end - begin, 0, f.n / p.heads.d);
+  float* outputs = scratch.rows;
+  run_product(worker, {.f = f,
+                       .packed = p.packed,
+                       .x = x,
+                       .rows = rows,
+                       .bias = p.bias,
+                       .bias_type = p.bias_type,
+                       .out = outputs,
+                       .out_type = DType::f32,
+                       .scratch = scratch.product});
+  worker->share(rows, [&](int64_t begin, int64_t end) {
+    kernels().heads(p.heads, outputs + begin * f.n, f.n, row + begin, end - begin, 0,
+                    f.n / p.heads.d);
   });
 }
 
-void run_slab(const Problem& p, int64_t row, int64_t rows) {
-  Scratch scratch(activation_bytes(p.f, rows));
-  const SlabActivations x = take_activations(p.f, rows, &scratch);
-  fill_activations(p.f, p.x, row, rows, x);
-  if (p.by_rows) {
-    run_by_rows(p, x, row, rows);
+}  // namespace
+
+QkvScratch::QkvScratch(const Qkv& p, int64_t slab, int64_t workers, Scratch* scratch)
+    : product(scratch->take_each(workers, product_bytes(p.f, slab))), unit{}, rows(nullptr) {
+  if (p.by_rows()) {
+    rows = scratch->take<float>(slab * p.f.n);
   } else {
-    run_by_units(p, x, row, rows);
+    const int64_t width = unit_tiles(p) * kTile;
+    unit = scratch->take_each(workers, most_block_rows(slab) * width * int64_t{sizeof(float)});
   }
 }
 
-/// A norm of q or k: absent, over each head, or over all heads together.
-struct HeadNorm {
-  HeadNorm(const char* argument, const std::optional<Tensor>& weight, int64_t heads, int64_t d,
-           double eps, double offset) {
-    if (!weight.has_value()) return;
-    SLMOPS_CHECK(weight->dim() == 1 && (weight->size(0) == d || weight->size(0) == heads * d), kOp,
-                 ": expected ", argument, " of shape (", d, ",) (a head's) or (", heads * d,
-                 ",) (all heads'), got ", shape(*weight));
-    owner = to_contiguous(*weight);
-    width = weight->size(0);
-    norm = {.weight = owner->const_data_ptr(),
-            .type = float_type(kOp, argument, weight->scalar_type()),
-            .eps = static_cast<float>(eps),
-            .offset = static_cast<float>(offset),
-            .cast = DType::f32};
+void run_qkv(Worker* worker, const Qkv& p, const SlabActivations& x, int64_t row, int64_t rows,
+             const QkvScratch& scratch) {
+  if (p.by_rows()) {
+    run_by_rows(worker, p, x, row, rows, scratch);
+  } else {
+    run_by_units(worker, p, x, row, rows, scratch);
   }
+}
 
-  std::optional<Tensor> owner;
-  NormWeight norm = {};
-  int64_t width = 0;
-};
+HeadNorm::HeadNorm(const char* op, const char* argument, const std::optional<Tensor>& weight,
+                   int64_t heads, int64_t d, double eps, double offset) {
+  if (!weight.has_value()) return;
+  SLMOPS_CHECK(weight->dim() == 1 && (weight->size(0) == d || weight->size(0) == heads * d), op,
+               ": expected ", argument, " of shape (", d, ",) (a head's) or (", heads * d,
+               ",) (all heads'), got ", shape(*weight));
+  owner = to_contiguous(*weight);
+  width = weight->size(0);
+  norm = {.weight = owner->const_data_ptr(),
+          .type = float_type(op, argument, weight->scalar_type()),
+          .eps = static_cast<float>(eps),
+          .offset = static_cast<float>(offset),
+          .cast = DType::f32};
+}
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> qkv_rotary(const Tensor& x, const Tensor& packed,
                                               const std::vector<int64_t>& heads, int64_t head_dim,
@@ -126,8 +115,8 @@ std::tuple<Tensor, Tensor, Tensor> qkv_rotary(const Tensor& x, const Tensor& pac
                                  "the sum of heads_q_k_v times head_dim", x);
   const Bias checked_bias(kOp, "bias", bias, f.n);
   const Permutation columns(kOp, perm, f.k);
-  const HeadNorm q("q_norm", q_norm, heads[0], head_dim, eps, offset);
-  const HeadNorm k("k_norm", k_norm, heads[1], head_dim, eps, offset);
+  const HeadNorm q(kOp, "q_norm", q_norm, heads[0], head_dim, eps, offset);
+  const HeadNorm k(kOp, "k_norm", k_norm, heads[1], head_dim, eps, offset);
   const RotaryTables tables(kOp, cos, sin, x.size(0), x.size(1), head_dim);
   const Rows rows(x);
   const ScalarType type = x.scalar_type();
@@ -135,30 +124,42 @@ std::tuple<Tensor, Tensor, Tensor> qkv_rotary(const Tensor& x, const Tensor& pac
     return new_tensor({x.size(0), x.size(1), count, head_dim}, type);
   };
   Tensor out[3] = {new_heads(heads[0]), new_heads(heads[1]), new_heads(heads[2])};
+  const auto whole = [&](int i) -> HeadsOut {
+    const int64_t row = heads[i] * head_dim;
+    return {out[i].mutable_data_ptr(), x.size(1) * row, row, head_dim};
+  };
   const DType x_type = float_type(kOp, "x", type);
-  const Problem p = {.f = f,
-                     .x = {rows.data(), x_type, rows.stride(), columns.data()},
-                     .packed = static_cast<const uint8_t*>(packed.const_data_ptr()),
-                     .bias = checked_bias,
-                     .heads = {.heads = {heads[0], heads[1], heads[2]},
-                               .d = head_dim,
-                               .out = {out[0].mutable_data_ptr(), out[1].mutable_data_ptr(),
-                                       out[2].mutable_data_ptr()},
-                               .type = x_type,
-                               .norm = {q.norm, k.norm},
-                               .norm_width = {q.width, k.width},
-                               .length = x.size(1),
-                               .cos = tables.cos(),
-                               .sin = tables.sin(),
-                               .angle_type = tables.type(),
-                               .angle_batch_stride = tables.batch_stride(),
-                               .r = tables.r(),
-                               .interleaved = interleaved},
-                     .by_rows = std::max(q.width, k.width) > head_dim};
-  const int64_t m = x.size(0) * x.size(1);
-  const int64_t wide = p.by_rows ? f.n * 4 : 0;
-  const int64_t slab = slab_rows(row_bytes(f) + wide);
-  for (int64_t row = 0; row < m; row += slab) run_slab(p, row, std::min(slab, m - row));
+  const Qkv p = {.f = f,
+                 .packed = static_cast<const uint8_t*>(packed.const_data_ptr()),
+                 .bias = checked_bias.data(),
+                 .bias_type = checked_bias.type,
+                 .heads = {.heads = {heads[0], heads[1], heads[2]},
+                           .d = head_dim,
+                           .out = {whole(0), whole(1), whole(2)},
+                           .type = x_type,
+                           .norm = {q.norm, k.norm},
+                           .norm_width = {q.width, k.width},
+                           .length = x.size(1),
+                           .cos = tables.cos(),
+                           .sin = tables.sin(),
+                           .angle_type = tables.type(),
+                           .angle_batch_stride = tables.batch_stride(),
+                           .r = tables.r(),
+                           .interleaved = interleaved}};
+  const SourceRows src = {rows.data(), x_type, rows.stride(), columns.data()};
+  const int64_t m = x.size(0) * x.size(1), slab = std::min(m, p.slab_rows());
+  if (m == 0) return {out[0], out[1], out[2]};
+  const int64_t workers = Team::size_for(m * f.k_padded * f.n);
+  Scratch scratch;
+  const SlabActivations activations = take_activations(f, slab, &scratch);
+  const QkvScratch own(p, slab, workers, &scratch);
+  Team::run(workers, [&](Worker& worker) {
+    for (int64_t row = 0; row < m; row += slab) {
+      const int64_t count = std::min(slab, m - row);
+      fill_activations(&worker, f, src, row, count, activations);
+      run_qkv(&worker, p, activations, row, count, own);
+    }
+  });
   return {out[0], out[1], out[2]};
 }
 

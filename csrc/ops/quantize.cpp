@@ -111,15 +111,14 @@ Range run(const Weight& w, const Options& options, DType scale_type, const float
                              .scratch = nullptr};
   const int64_t blocks = (w.n + kBlockRows - 1) / kBlockRows;
   const int64_t shares = share_count(blocks, kBlockRows * w.k * 8);
-  const int64_t share_bytes =
-      aligned_bytes(quantize_scratch_floats(w.k, options.group) * int64_t{sizeof(float)});
-  Scratch scratch(shares * share_bytes);
-  uint8_t* pieces = scratch.take<uint8_t>(shares * share_bytes);
+  Scratch scratch;
+  const WorkerScratch pieces = scratch.take_each(
+      shares, quantize_scratch_floats(w.k, options.group) * int64_t{sizeof(float)});
   std::vector<Range> ranges(static_cast<size_t>(shares));
   const KernelTable& table = kernels();
   parallel(blocks, shares, [&](int64_t share, int64_t begin, int64_t end) {
     QuantizeArgs mine = args;
-    mine.scratch = reinterpret_cast<float*>(pieces + share * share_bytes);
+    mine.scratch = reinterpret_cast<float*>(pieces.of(share));
     float range[2] = {Range{}.least, Range{}.largest};
     table.quantize_weight(mine, begin, end, range);
     ranges[static_cast<size_t>(share)] = {range[0], range[1]};

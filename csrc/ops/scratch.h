@@ -1,36 +1,50 @@
-// Uninitialized memory of one op call, cut into 64-byte-aligned pieces.
+// Uninitialized memory of one op call, in 64-byte-aligned pieces.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <new>
+#include <vector>
 
 namespace slmops {
 
 /// `bytes` rounded up so that what follows begins on a cache line of its own.
 constexpr int64_t aligned_bytes(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-/// One allocation, freed at the end of its life.
+/// As many bytes for each worker of a team.
+struct WorkerScratch {
+  uint8_t* data;
+  int64_t bytes;
+
+  uint8_t* of(int64_t worker) const { return data + worker * bytes; }
+};
+
+/// Owns pieces of memory for its lifetime.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes)
-      : data_(static_cast<uint8_t*>(
-            ::operator new(static_cast<size_t>(bytes), std::align_val_t{64}))),
-        next_(data_) {}
-  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
+  Scratch() = default;
+  ~Scratch() {
+    for (void* piece : pieces_) ::operator delete(piece, kAlignment);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  /// The next `count` elements; the caller has summed aligned_bytes of all pieces beforehand.
+  /// `count` elements.
   template <class T>
   T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(next_);
-    next_ += aligned_bytes(count * static_cast<int64_t>(sizeof(T)));
-    return piece;
+    pieces_.reserve(pieces_.size() + 1);
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+    pieces_.push_back(::operator new(bytes, kAlignment));
+    return static_cast<T*>(pieces_.back());
+  }
+
+  WorkerScratch take_each(int64_t workers, int64_t bytes) {
+    const int64_t each = aligned_bytes(bytes);
+    return {take<uint8_t>(workers * each), each};
   }
 
  private:
-  uint8_t* data_;
-  uint8_t* next_;
+  static constexpr std::align_val_t kAlignment{64};
+  std::vector<void*> pieces_;
 };
 
 }  // namespace slmops

@@ -1,33 +1,16 @@
 // swiglu: down(activation(gate(x)) * up(x)), fp32 between the projections.
-//
-// The packed gate_up alternates tiles of gate and up. A unit is a span of columns of down's
-// activation groups: its pairs of tiles go to fp32 scratch, from which its part of down's input is
-// made. An activation group of all columns, or float activations, want h of whole rows first.
+#include "swiglu.h"
+
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
 #include <optional>
-#include <vector>
 
-#include "matmul.h"
 #include "rows.h"
 
 namespace slmops {
 namespace {
 
 constexpr char kOp[] = "swiglu";
-
-/// A call, checked.
-struct Problem {
-  const Format &gate_up, &down;
-  SourceRows x;
-  const uint8_t *packed_gate_up, *packed_down;
-  const float* gate_up_bias;  // in the order of the tiles, or null
-  const Bias& down_bias;
-  Activation activation;
-  uint8_t* out;
-  DType out_type;
-};
 
 /// Columns of h that a unit makes: whole activation groups of down, whole blocks of sub16. 0 where
 /// h of all of a row is wanted.
@@ -36,68 +19,75 @@ int64_t span_of(const Format& down) {
   return std::max(down.act_group, kSubBlock);
 }
 
-/// h of all rows, in spans of `span` columns.
-void run_gate_up(const Problem& p, const SlabActivations& x, const GateArgs& gate, int64_t span,
-                 int64_t rows) {
+/// Columns of a unit, whichever it is.
+int64_t unit_columns(const Format& down) {
+  return span_of(down) > 0 ? span_of(down) : int64_t{kSubBlock};
+}
+
+/// A phase: h of all rows.
+void run_gate_up(Worker* worker, const GatedMlp& p, const SlabActivations& x, const GateArgs& gate,
+                 int64_t rows, const MlpScratch& scratch) {
   const Format& f = p.gate_up;
-  const int64_t columns_in_all = p.down.k_padded;
-  const Cut cut = cut_work((columns_in_all + span - 1) / span, rows, f.k_padded * 2 * span);
-  const int64_t linear_bytes = aligned_bytes(scratch_bytes(f, cut.block));
-  const int64_t share_bytes =
-      linear_bytes + aligned_bytes(cut.block * 2 * span * int64_t{sizeof(float)});
-  Scratch scratch(cut.shares * share_bytes);
-  uint8_t* shares = scratch.take<uint8_t>(cut.shares * share_bytes);
+  const int64_t all = p.down.k_padded, span = unit_columns(p.down);
   LinearArgs args = linear_args(f, p.packed_gate_up, x);
   args.bias = p.gate_up_bias;
+  args.scratch = scratch.product.of(worker->index());
+  float* outputs = reinterpret_cast<float*>(scratch.unit.of(worker->index()));
+  args.out = outputs;
   const KernelTable& table = kernels();
-  run_cut(cut, [&](int64_t share, int64_t unit, int64_t first, int64_t last) {
-    const int64_t column = unit * span, columns = std::min(span, columns_in_all - column);
+  const Cut cut((all + span - 1) / span, rows, worker->size());
+  share_cut(worker, cut, [&](int64_t unit, int64_t first, int64_t last) {
+    const int64_t column = unit * span, columns = std::min(span, all - column);
     const int64_t pairs = std::min(columns / kTile, f.tiles / 2 - column / kTile);
-    LinearArgs mine = args;
-    mine.scratch = shares + share * share_bytes;
-    float* outputs = reinterpret_cast<float*>(mine.scratch + linear_bytes);
-    mine.out = outputs;
-    mine.out_stride = 2 * columns;
-    mine.first_row = first;
-    mine.first_output = 2 * column;
+    args.out_stride = 2 * columns;
+    args.first_row = first;
+    args.first_output = 2 * column;
     for (int64_t tile = 0; tile < 2 * pairs; ++tile) {
-      table.linear(mine, 2 * column / kTile + tile, first, last);
+      table.linear(args, 2 * column / kTile + tile, first, last);
     }
     const int64_t given = std::max<int64_t>(0, std::min(columns, p.down.k - column));
     table.gate(gate, outputs, first, last - first, column, columns, given);
   });
 }
 
-void run_slab(const Problem& p, int64_t row, int64_t rows) {
-  const Format& down = p.down;
-  const int64_t span = span_of(down);
-  const bool whole_rows = span == 0;
-  const int64_t wide_bytes =
-      whole_rows && is_int8(down) ? aligned_bytes(rows * down.k_padded * 4) : 0;
-  Scratch scratch(activation_bytes(p.gate_up, rows) + activation_bytes(down, rows) + wide_bytes);
-  const SlabActivations x = take_activations(p.gate_up, rows, &scratch);
-  const SlabActivations h = take_activations(down, rows, &scratch);
-  float* wide = wide_bytes > 0 ? scratch.take<float>(rows * down.k_padded) : h.wide;
-  fill_activations(p.gate_up, p.x, row, rows, x);
-  const GateArgs gate = {.down = &down,
-                         .activation = p.activation,
-                         .rows = h.quantized,
-                         .wide = whole_rows ? wide : nullptr};
-  run_gate_up(p, x, gate, whole_rows ? kSubBlock : span, rows);
-  if (wide_bytes > 0) {
-    fill_activations(down, {wide, DType::f32, down.k_padded, nullptr}, 0, rows, h);
-  }
-  run_product({.f = down,
-               .packed = p.packed_down,
-               .x = h,
-               .rows = rows,
-               .bias = p.down_bias.data(),
-               .bias_type = p.down_bias.type,
-               .out = p.out + row * down.n * size_of(p.out_type),
-               .out_type = p.out_type});
+}  // namespace
+
+MlpScratch::MlpScratch(const GatedMlp& p, int64_t slab, int64_t workers, Scratch* scratch)
+    : h(take_activations(p.down, slab, scratch)), wide(h.wide) {
+  const int64_t product_size =
+      std::max(product_bytes(p.gate_up, slab), product_bytes(p.down, slab));
+  product = scratch->take_each(workers, product_size);
+  const int64_t columns = 2 * unit_columns(p.down);
+  unit = scratch->take_each(workers, most_block_rows(slab) * columns * int64_t{sizeof(float)});
+  if (span_of(p.down) > 0) wide = nullptr;
+  if (span_of(p.down) == 0 && is_int8(p.down)) wide = scratch->take<float>(slab * p.down.k_padded);
 }
 
-/// The bias of gate and up, [2 * hidden], in the order of the tiles, padded with 0.
+int64_t GatedMlp::slab_rows() const {
+  return slmops::slab_rows(row_bytes(gate_up) + down.k_padded * (span_of(down) > 0 ? 1 : 4));
+}
+
+void run_mlp(Worker* worker, const GatedMlp& p, const SlabActivations& x, int64_t rows, void* out,
+             const MlpScratch& scratch) {
+  const Format& down = p.down;
+  const GateArgs gate = {
+      .down = &down, .activation = p.activation, .rows = scratch.h.quantized, .wide = scratch.wide};
+  run_gate_up(worker, p, x, gate, rows, scratch);
+  if (scratch.wide != nullptr && is_int8(down)) {
+    fill_activations(worker, down, {scratch.wide, DType::f32, down.k_padded, nullptr}, 0, rows,
+                     scratch.h);
+  }
+  run_product(worker, {.f = down,
+                       .packed = p.packed_down,
+                       .x = scratch.h,
+                       .rows = rows,
+                       .bias = p.down_bias,
+                       .bias_type = p.down_bias_type,
+                       .out = out,
+                       .out_type = p.out_type,
+                       .scratch = scratch.product});
+}
+
 std::vector<float> tile_order(const Bias& bias, int64_t hidden, int64_t n) {
   std::vector<float> ordered;
   if (bias.data() == nullptr) return ordered;
@@ -111,6 +101,8 @@ std::vector<float> tile_order(const Bias& bias, int64_t hidden, int64_t n) {
   }
   return ordered;
 }
+
+namespace {
 
 Tensor swiglu(const Tensor& x, const Tensor& gate_up, const Tensor& down, int64_t hidden,
               int64_t out_features, const std::string& activation,
@@ -132,20 +124,30 @@ Tensor swiglu(const Tensor& x, const Tensor& gate_up, const Tensor& down, int64_
   const DType x_type = float_type(kOp, "x", type);
   const Rows rows(x);
   Tensor out = new_rows(x, out_features, type);
-  const Problem p = {.gate_up = first,
-                     .down = second,
-                     .x = {rows.data(), x_type, rows.stride(), nullptr},
-                     .packed_gate_up = static_cast<const uint8_t*>(gate_up.const_data_ptr()),
-                     .packed_down = static_cast<const uint8_t*>(down.const_data_ptr()),
-                     .gate_up_bias = ordered.empty() ? nullptr : ordered.data(),
-                     .down_bias = outer_bias,
-                     .activation = parse_activation(kOp, activation),
-                     .out = static_cast<uint8_t*>(out.mutable_data_ptr()),
-                     .out_type = x_type};
-  const int64_t m = x.numel() / first.k;
-  const int64_t slab =
-      slab_rows(row_bytes(first) + second.k_padded * (span_of(second) > 0 ? 1 : 4));
-  for (int64_t row = 0; row < m; row += slab) run_slab(p, row, std::min(slab, m - row));
+  const GatedMlp p = {.gate_up = first,
+                      .down = second,
+                      .packed_gate_up = static_cast<const uint8_t*>(gate_up.const_data_ptr()),
+                      .packed_down = static_cast<const uint8_t*>(down.const_data_ptr()),
+                      .gate_up_bias = ordered.empty() ? nullptr : ordered.data(),
+                      .down_bias = outer_bias.data(),
+                      .down_bias_type = outer_bias.type,
+                      .activation = parse_activation(kOp, activation),
+                      .out_type = x_type};
+  const SourceRows src = {rows.data(), x_type, rows.stride(), nullptr};
+  uint8_t* y = static_cast<uint8_t*>(out.mutable_data_ptr());
+  const int64_t m = x.numel() / first.k, slab = std::min(m, p.slab_rows());
+  if (m == 0) return out;
+  const int64_t workers = Team::size_for(m * first.k_padded * first.n);
+  Scratch scratch;
+  const SlabActivations activations = take_activations(first, slab, &scratch);
+  const MlpScratch own(p, slab, workers, &scratch);
+  Team::run(workers, [&](Worker& worker) {
+    for (int64_t row = 0; row < m; row += slab) {
+      const int64_t count = std::min(slab, m - row);
+      fill_activations(&worker, first, src, row, count, activations);
+      run_mlp(&worker, p, activations, count, y + row * second.n * size_of(x_type), own);
+    }
+  });
   return out;
 }
 

@@ -46,6 +46,7 @@ void test_heads(Random& random) {
   args.angle_batch_stride = shared ? 0 : length * r;
   args.r = r;
   args.interleaved = random.chance(50);
+  const bool heads_first = random.chance(50);
 
   // A piece of heads at a time, unless a norm wants them all.
   const int64_t piece = full_width ? all : random.integer(1, all);
@@ -58,9 +59,12 @@ void test_heads(Random& random) {
   };
   const auto run = [&](const KernelTable& kernels, int64_t at_once, Result* out) {
     HeadsArgs mine = args;
-    mine.out[0] = out->q.data();
-    mine.out[1] = out->k.data();
-    mine.out[2] = out->v.data();
+    uint8_t* parts[3] = {out->q.data(), out->k.data(), out->v.data()};
+    for (int part = 0; part < 3; ++part) {
+      const int64_t heads = mine.heads[part];
+      mine.out[part] = heads_first ? HeadsOut{parts[part], heads * length * d, d, length * d}
+                                   : HeadsOut{parts[part], length * heads * d, heads * d, d};
+    }
     for (int64_t head = 0; head < all; head += at_once) {
       const int64_t count = std::min(at_once, all - head);
       Block<float> scratch(rows * count * d);

@@ -1,6 +1,6 @@
 """Cross-builds for AArch64, with setup.py's own flags, what the checks under emulation run.
 
-usage: tools/arm/build.py tests|cost|extension
+usage: tools/arm/build.py tests|cost|extension|wheel
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+import setuptools
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,5 +129,24 @@ def extension() -> Path:
     return output
 
 
+def wheel() -> None:
+    """A wheel with the extension, in dist/; its tag is that of the cross compiler's C library."""
+    library = extension()
+
+    class Prebuilt(setup.BuildExtension):  # type: ignore[misc, name-defined]
+        def build_extension(self, ext: setuptools.Extension) -> None:
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(library, target)
+
+    os.chdir(ROOT)
+    setuptools.setup(
+        script_args=["-q", "bdist_wheel", "--plat-name", "manylinux_2_34_aarch64"],
+        ext_modules=[setup.extension()],
+        cmdclass={"build_ext": Prebuilt},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}, "build": {"build_base": ".arm/wheel"}},
+    )
+
+
 if __name__ == "__main__":
-    {"tests": tests, "cost": cost, "extension": extension}[sys.argv[1]]()
+    {"tests": tests, "cost": cost, "extension": extension, "wheel": wheel}[sys.argv[1]]()

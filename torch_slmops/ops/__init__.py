@@ -7,15 +7,27 @@ are `RuntimeError`s that say what was expected and what came, except where noted
 
 from torch_slmops.ops.attention import attention
 from torch_slmops.ops.common import refuse_gradient
+from torch_slmops.ops.decoder import LAYER_PARTS, decoder_layers
 from torch_slmops.ops.fused import qkv_rotary, swiglu
 from torch_slmops.ops.linear import embedding, linear
 from torch_slmops.ops.vector import add_rms_norm, rms_norm, rotary, rotary_table
-from torch_slmops.ops.weights import Header, describe, pack_, packed_bytes, quantize, unpack
+from torch_slmops.ops.weights import (
+    Header,
+    checksum,
+    describe,
+    pack_,
+    packed_bytes,
+    quantize,
+    unpack,
+)
 
 __all__ = [
+    "LAYER_PARTS",
     "Header",
     "add_rms_norm",
     "attention",
+    "checksum",
+    "decoder_layers",
     "describe",
     "embedding",
     "linear",

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from torch_slmops.ops.common import OPS, fake
 
-__all__ = ["Header", "describe", "pack_", "packed_bytes", "quantize", "unpack"]
+__all__ = ["Header", "checksum", "describe", "pack_", "packed_bytes", "quantize", "unpack"]
 
 _SUB_GROUP = 16
 
@@ -189,3 +189,14 @@ def packed_bytes(
         n, k, bits, scale_kind, has_zero_point, group_size, act_group
     )
     return size
+
+
+def checksum(tensor: Tensor) -> int:
+    """Returns 64 bits that say whether bytes are those that were saved (csrc/pack/checksum.h).
+
+    Args:
+        tensor: Of any shape and dtype, on the CPU; its values in their order are summed.
+    """
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    found: int = OPS._checksum.default(flat)
+    return found % (1 << 64)

@@ -16,6 +16,7 @@ from torch_slmops.reference.arithmetic import (
 from torch_slmops.reference.attention import attention
 from torch_slmops.reference.choose import quantize
 from torch_slmops.reference.compute import embedding, linear, quantize_rows
+from torch_slmops.reference.decoder import decoder_layers
 from torch_slmops.reference.functions import activate
 from torch_slmops.reference.fused import qkv_rotary, swiglu
 from torch_slmops.reference.layout import pack, unpack
@@ -27,6 +28,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "canonical_nan",
+    "decoder_layers",
     "embedding",
     "fma32",
     "linear",

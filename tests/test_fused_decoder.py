@@ -1,0 +1,240 @@
+"""Whole decoder layers as one op: the bits of their parts, and when the parts run instead."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import Any
+
+import pytest
+import torch
+from bits import assert_same_bits
+from small_models import CACHE, logits, small, tokens, transformers
+from torch import Tensor, nn
+
+from torch_slmops import fused_decoder, ops, optimize
+from torch_slmops.fused_decoder import FusedDecoderLayer
+
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma3", "granite", "olmo2")
+MASKS = {
+    "none": [[1] * 9] * 2,
+    "left padding": [[0] * 4 + [1] * 5, [1] * 9],
+}
+
+
+def layers_of(model: nn.Module) -> list[FusedDecoderLayer]:
+    return [module for module in model.modules() if isinstance(module, FusedDecoderLayer)]
+
+
+class Calls:
+    """Notes how many layers each call of the op computes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.layers: list[int] = []
+
+        def count(x: Tensor, weights: list[Tensor], *args: Any) -> Tensor:
+            self.layers.append(len(weights) // len(ops.LAYER_PARTS))
+            return ops.decoder_layers(x, weights, *args)
+
+        monkeypatch.setattr(fused_decoder, "_decoder_layers", count)
+
+
+def steps(model: Any, mask: Tensor, **options: Any) -> Tensor:
+    """Logits of a prompt of 7 tokens and of 2 that follow one by one."""
+    ids, found = tokens(2, 9), []
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = transformers.DynamicCache(config=model.config)
+    for part in torch.arange(9).split([7, 1, 1]):
+        found.append(
+            logits(
+                model,
+                ids[:, part],
+                attention_mask=mask[:, : int(part[-1]) + 1],
+                position_ids=positions[:, part],
+                **{CACHE: cache},
+                **options,
+            )
+        )
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", DECODERS)
+def test_same_bits_as_the_parts(
+    family: str, dtype: torch.dtype, mask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = optimize(small(family, dtype=dtype)), torch.tensor(MASKS[mask])
+    calls = Calls(monkeypatch)
+    whole = steps(model, seen)
+    assert sum(calls.layers) == 6
+    for layer in layers_of(model):
+        layer.slmops_run = None
+    assert_same_bits(steps(model, seen), whole, "one by one")
+    assert calls.layers[-6:] == [1] * 6
+    for layer in layers_of(model):
+        layer.mlp.register_forward_hook(lambda *args: None)
+    assert_same_bits(steps(model, seen), whole, "part by part")
+    assert sum(calls.layers) == 12
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_padding_batch_and_prefill_change_nothing(family: str) -> None:
+    model, mask = optimize(small(family)), torch.tensor(MASKS["left padding"])
+    together = steps(model, mask)
+    ids = tokens(2, 9)
+    alone = logits(model, ids[:1, 4:], use_cache=False)
+    assert_same_bits(together[:1, 4:].contiguous(), alone)
+    assert_same_bits(together[1:].contiguous(), logits(model, ids[1:], use_cache=False))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_layers_that_are_alike_run_at_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    model = optimize(small(family, num_hidden_layers=5))
+    want = logits(model, tokens(1, 4), use_cache=False)
+    assert calls.layers == [5]
+    model.model.layers[2].register_forward_hook(lambda *args: None)
+    assert_same_bits(logits(model, tokens(1, 4), use_cache=False), want)
+    assert calls.layers == [5] + [1] * 5
+
+
+def test_layers_of_several_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    types = ["sliding_attention"] * 3 + ["full_attention"] + ["sliding_attention"] * 2
+    model = optimize(small("gemma3", num_hidden_layers=6, layer_types=types))
+    logits(model, tokens(1, 12))
+    assert calls.layers == [3, 1, 2]
+
+
+def test_hidden_states_are_recorded() -> None:
+    model = optimize(small("llama", num_hidden_layers=4))
+    want = logits(model, tokens(1, 5))
+    with torch.inference_mode():
+        found = model(tokens(1, 5), output_hidden_states=True)
+    assert len(found.hidden_states) == 5
+    assert_same_bits(found.logits, want)
+    assert not any(a.equal(b) for a, b in itertools.pairwise(found.hidden_states))
+
+
+def test_a_model_that_stops_early() -> None:
+    """As assisted decoding by an early exit does."""
+    model = optimize(small("llama", num_hidden_layers=4))
+    shorter = optimize(small("llama", num_hidden_layers=4))
+    shorter.model.layers = shorter.model.layers[:2]
+    want = logits(shorter, tokens(1, 5), use_cache=False)
+    model.config.num_hidden_layers = 2
+    assert_same_bits(logits(model, tokens(1, 5), use_cache=False), want)
+
+
+def test_layers_in_another_order() -> None:
+    model = optimize(small("llama", num_hidden_layers=3))
+    want = logits(model, tokens(1, 5), use_cache=False)
+    model.model.layers = nn.ModuleList([model.model.layers[i] for i in (0, 2, 1)])
+    got = logits(model, tokens(1, 5), use_cache=False)
+    assert not got.equal(want)
+    for layer in layers_of(model):
+        layer.slmops_run = None
+    assert_same_bits(logits(model, tokens(1, 5), use_cache=False), got)
+
+
+def test_a_subclass_that_looks_at_every_layer() -> None:
+    """Its loop does more than to call the layers: they are computed one by one."""
+
+    class Steered(transformers.LlamaModel):
+        def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+            x = self.embed_tokens(input_ids)
+            tables = self.rotary_emb(x, torch.arange(x.shape[1])[None])
+            for layer in self.layers:
+                x = layer(x, position_embeddings=tables) * 1.5
+            return x
+
+    torch.manual_seed(0)
+    model = optimize(Steered(small("llama").config).eval())
+    assert len(layers_of(model)) == 2
+    assert all(layer.slmops_run is None for layer in layers_of(model))
+
+
+@pytest.mark.parametrize("way", ["sdpa", "eager"])
+def test_another_attention_is_honoured(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = optimize(small("llama"))
+    assert model.config._attn_implementation == "slmops"
+    want = logits(model, tokens(1, 5))
+    calls = Calls(monkeypatch)
+    model.set_attn_implementation(way)
+    assert float((logits(model, tokens(1, 5)) - want).abs().max()) < 3e-3
+    assert calls.layers == []
+
+
+def test_who_chose_eager_keeps_it() -> None:
+    model = small("llama")
+    model.set_attn_implementation("eager")
+    assert optimize(model).config._attn_implementation == "eager"
+
+
+def test_a_projection_that_is_left_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    model = optimize(small("llama"), exclude="*.0.self_attn.o_proj")
+    assert len(layers_of(model)) == 1
+    logits(model, tokens(1, 5))
+    assert calls.layers == [1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_static_cache(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, found = optimize(small(family)), tokens(2, 9), []
+    calls = Calls(monkeypatch)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=20)
+    for part in ids.split([4, 3, 1, 1], dim=1):
+        found.append(logits(model, part, **{CACHE: cache}))
+    # The sliding window's own static layer is left to the parts.
+    assert sum(calls.layers) == (8 if family == "llama" else 4)
+    got, want = torch.cat(found, 1), logits(model, ids, use_cache=False)
+    assert float((got - want).abs().max()) < 3e-3
+    if family == "llama":
+        assert_same_bits(got, want)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it traces
+def test_compiled_with_a_static_cache() -> None:
+    torch.compiler.reset()
+    model = optimize(small("llama"))
+    caches = [transformers.StaticCache(config=model.config, max_cache_len=16) for _ in "ab"]
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for part in tokens(1, 8).split([5, 1, 1, 1], dim=1):
+            got = compiled(input_ids=part, **{CACHE: caches[0]}).logits
+            assert_same_bits(got, model(input_ids=part, **{CACHE: caches[1]}).logits)
+    names = [str(node.target) for node in graphs[-1].graph.nodes]
+    assert sum("decoder_layers" in name for name in names) == 2
+
+
+def test_many_threads_generate_at_once() -> None:
+    model = optimize(small("llama"))
+    prompts = [tokens(1, length) for length in (3, 5, 7, 9)]
+
+    def generate(ids: Tensor) -> Tensor:
+        found: Tensor = model.generate(ids, max_new_tokens=12, do_sample=False)
+        return found
+
+    expected = [generate(ids) for ids in prompts]
+    results: list[Tensor | None] = [None] * 4
+
+    def work(i: int) -> None:
+        for _ in range(3):
+            results[i] = generate(prompts[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, want in zip(results, expected, strict=True):
+        assert got is not None
+        assert_same_bits(got, want)

@@ -1,0 +1,349 @@
+"""Decoder layers by the op `decoder_layers`: one layer, or a run of like layers at once."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_slmops import ops
+from torch_slmops.attention import NAME
+from torch_slmops.families import DecoderLayer
+from torch_slmops.fused import (
+    HOOKS,
+    SNAPSHOT,
+    Fused,
+    FusedAttention,
+    FusedMLP,
+    NormSpec,
+    has_hooks,
+    read,
+    scaling_of,
+)
+from torch_slmops.modules import Linear
+from torch_slmops.packed_rows import GateUp
+
+__all__ = ["FusedDecoderLayer", "LayerSpec", "Run"]
+
+# Looked up here at each call, so that a test can put the reference in its place.
+_decoder_layers = ops.decoder_layers
+
+_NORMS = ("pre_attention_norm", "post_attention_norm", "pre_mlp_norm", "post_mlp_norm")
+_UNUSED = ("use_cache", "cache_position")  # arguments of a layer that the op does without
+_NEXT = "_slmops_next"  # an attribute of a run's result: the run, and the number of the next layer
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A decoder layer, as far as it does not change from call to call.
+
+    Attributes:
+        row: Its row.
+        norm: All of its norms, or None where it has none.
+        parameters: Names of the positional parameters of the original forward.
+        layer_type: Its entry of the config's `layer_types`, or None.
+    """
+
+    row: DecoderLayer
+    norm: NormSpec | None
+    parameters: tuple[str, ...]
+    layer_type: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Consecutive layers of one list that can be computed together.
+
+    Attributes:
+        parent: The module whose forward calls them one after the other, with nothing between.
+        name: Its `nn.ModuleList`.
+        start: The place of the first one.
+        layers: The layers.
+        bounded: Whether the forward stops at `config.num_hidden_layers`.
+    """
+
+    parent: Any
+    name: str
+    start: int
+    layers: tuple[FusedDecoderLayer, ...]
+    bounded: bool
+
+    def holds(self) -> bool:
+        """Whether the layers are still where they were, and nobody looks at what is between."""
+        stop = self.start + len(self.layers)
+        children = self.parent._modules[self.name]
+        if self.bounded and self.parent.config.num_hidden_layers < stop:
+            return False
+        if tuple(children._modules.values())[self.start : stop] != self.layers:
+            return False
+        return not any(has_hooks(layer) for layer in self.layers)
+
+
+@dataclass
+class _Call:
+    """Arguments of a layer that the op can take."""
+
+    x: Tensor
+    tables: tuple[Any, Any]
+    mask: Tensor | None
+    position_ids: Tensor | None
+    cache: Any
+
+
+class FusedDecoderLayer(Fused):
+    """A decoder layer by the op `decoder_layers`."""
+
+    slmops: LayerSpec
+    slmops_run: tuple[Run, int] | None = None
+
+    def describe(self) -> str:
+        words = f"decoder_layers ({self.slmops.row.name})"
+        if self.slmops_run is None:
+            return words
+        return f"{words}, {len(self.slmops_run[0].layers)} at once"
+
+    def _inner(self) -> tuple[str, ...]:
+        row = self.slmops.row
+        return (row.attention, row.mlp, *(n for n in row.norms if n is not None), *row.dropouts)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.slmops_run is None or torch.compiler.is_compiling():
+            y = self._compute((self,), args, kwargs)
+            return super().forward(*args, **kwargs) if y is None else y
+        run, number = self.slmops_run
+        if number > 0 and args and getattr(args[0], _NEXT, None) == (run, number):
+            return _pass_on(args[0], run, number)
+        y = None
+        if number == 0 and run.holds():
+            y = self._compute(run.layers, args, kwargs)
+            if y is not None:
+                return _pass_on(y, run, 0)
+        y = self._compute((self,), args, kwargs)
+        return super().forward(*args, **kwargs) if y is None else y
+
+    def _compute(
+        self, layers: tuple[FusedDecoderLayer, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """What `layers`, this one first, make of the arguments; None if the op cannot do it."""
+        call = self._call(args, kwargs)
+        if call is None:
+            return None
+        weights = self._weights(layers, call.x.dtype)
+        if weights is None:
+            return None
+        attention: Any = self._modules[self.slmops.row.attention]
+        mlp: Any = self._modules[self.slmops.row.mlp]
+        slots = _Slots.of(call, [layer._attention() for layer in layers])
+        if slots is None:
+            return None
+        inner, norm, row = attention.slmops, self.slmops.norm, self.slmops.row
+        softcap = dict(inner.row.options).get("softcap")
+        y = _decoder_layers(
+            call.x,
+            weights,
+            slots.tensors,
+            slots.start,
+            *call.tables,
+            call.mask,
+            call.position_ids,
+            inner.heads,
+            inner.head_dim,
+            mlp._modules[mlp.slmops.packed].hidden,
+            mlp.slmops.activation,
+            0.0 if norm is None else norm.eps,
+            0.0 if norm is None else norm.row.offset,
+            norm is not None and norm.row.cast_before_weight,
+            0.0 if inner.norm is None else inner.norm.eps,
+            0.0 if inner.norm is None else inner.norm.row.offset,
+            inner.row.rotary == "interleaved",
+            scaling_of(attention, inner),
+            0.0 if softcap is None else read(attention, softcap) or 0.0,
+            1.0 if row.multiplier is None else read(self, row.multiplier),
+        )
+        slots.advance(call.x.shape[1])
+        return y
+
+    def _attention(self) -> FusedAttention:
+        attention = self._modules[self.slmops.row.attention]
+        assert isinstance(attention, FusedAttention)
+        return attention
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+        """The arguments if the op can take them, else None."""
+        spec = self.slmops
+        attention = self._modules[spec.row.attention]
+        if len(args) > len(spec.parameters) or not isinstance(attention, FusedAttention):
+            return None
+        kwargs = kwargs | dict(zip(spec.parameters, args, strict=False))
+        inner = attention.slmops
+        x, tables = kwargs.pop("hidden_states", None), kwargs.pop("position_embeddings", None)
+        mask, ids = kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None)
+        cache = kwargs.pop(inner.cache, None)
+        if any(value is not None for name, value in kwargs.items() if name not in _UNUSED):
+            return None
+        config: Any = attention.config
+        if config._attn_implementation != NAME or not attention.may_take(x, tables):
+            return None
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
+            return None
+        if ids is not None and not (isinstance(ids, Tensor) and ids.dim() == 2):
+            return None
+        wide = (None, None)
+        if inner.rotary_width != 0:
+            wide = tables[0].float(), tables[1].float()
+        return _Call(x, wide, mask, ids, cache)
+
+    def _weights(
+        self, layers: tuple[FusedDecoderLayer, ...], dtype: torch.dtype
+    ) -> list[Tensor] | None:
+        """The tensors of all layers as the op takes them; None if a layer has to compute itself."""
+        known: _Snapshot | None = vars(self).get(SNAPSHOT)
+        if known is None or not known.holds(layers, dtype):
+            weights: list[Tensor] = []
+            for layer in layers:
+                parts = layer._parts(dtype)
+                if parts is None:
+                    return None
+                weights += parts
+            known = vars(self)[SNAPSHOT] = _Snapshot(layers, dtype, weights)
+        return known.weights
+
+    def _parts(self, dtype: torch.dtype) -> list[Tensor] | None:
+        """The layer's tensors in the order of `ops.LAYER_PARTS`; None if they are others now."""
+        children: Any = self._modules
+        row = self.slmops.row
+        attention, mlp = children[row.attention], children[row.mlp]
+        if not isinstance(attention, FusedAttention) or not isinstance(mlp, FusedMLP):
+            return None
+        if not (self.is_bare() and attention.is_bare() and mlp.is_bare()):
+            return None
+        inner, outer = attention.slmops, mlp.slmops
+        assert inner.row.output is not None
+        qkv, output = attention._modules[inner.packed], attention._modules[inner.row.output]
+        gate_up, down = mlp._modules[outer.packed], mlp._modules[outer.row.down]
+        if type(output) is not Linear or type(down) is not Linear or has_hooks(output):
+            return None
+        assert isinstance(qkv, Linear) and isinstance(gate_up, GateUp)
+        found: dict[str, Any] = {
+            "qkv": qkv._buffers["packed"],
+            "qkv_bias": qkv._parameters["bias"],
+            "output": output._buffers["packed"],
+            "output_bias": output._parameters["bias"],
+            "gate_up": gate_up._buffers["packed"],
+            "gate_up_bias": gate_up._parameters["bias"],
+            "down": down._buffers["packed"],
+            "down_bias": down._parameters["bias"],
+        }
+        for part, name in zip(_NORMS, row.norms, strict=True):
+            if name is not None:
+                found[part] = children[name]._parameters["weight"]
+                if found[part].dtype != dtype:
+                    return None
+        if inner.row.norms is not None:
+            for part, name in zip(("q_norm", "k_norm"), inner.row.norms, strict=True):
+                norm: Any = attention._modules[name]
+                found[part] = norm._parameters["weight"]
+        parts = (found.get(name) for name in ops.LAYER_PARTS)
+        return [_ABSENT if part is None else part for part in parts]
+
+
+_ABSENT = torch.empty(0)
+
+
+class _Snapshot:
+    """What layers are made of, as it was found: to see quickly that it has not changed.
+
+    All ids are of objects that it keeps alive.
+    """
+
+    def __init__(
+        self, layers: tuple[FusedDecoderLayer, ...], dtype: torch.dtype, weights: list[Tensor]
+    ) -> None:
+        self.layers, self.dtype, self.weights = layers, dtype, weights
+        inner = [m for layer in layers for m in layer.modules() if m is not layer]
+        everything = [*layers, *inner]
+        self.hooks = [vars(m)[name] for m in inner for name in HOOKS]
+        tables: Any = [(m._modules, m._parameters, m._buffers) for m in everything]
+        self.tables = [table for table in itertools.chain.from_iterable(tables) if table]
+        self.objects = self._objects()
+        self.ids = tuple(map(id, self.objects))
+        count = len(ops.LAYER_PARTS)
+        norms = [i for i, name in enumerate(ops.LAYER_PARTS) if name in _NORMS]
+        self.norms = [weights[i + j] for i in range(0, len(weights), count) for j in norms]
+        self.norms = [norm for norm in self.norms if norm is not _ABSENT]
+
+    def _objects(self) -> list[Any]:
+        return list(itertools.chain.from_iterable(map(dict.values, self.tables)))
+
+    def holds(self, layers: tuple[FusedDecoderLayer, ...], dtype: torch.dtype) -> bool:
+        """Whether nothing has changed, and nobody looks at what the op passes by."""
+        return (
+            dtype == self.dtype
+            and layers == self.layers
+            and not any(self.hooks)
+            and tuple(map(id, self._objects())) == self.ids
+            and not any(norm.dtype != dtype for norm in self.norms)
+            and not any(layer.training for layer in layers)
+        )
+
+
+def _pass_on(x: Tensor, run: Run, number: int) -> Tensor:
+    """`x`, the result of the run, for the layer after `number`."""
+    if number + 1 < len(run.layers):
+        setattr(x, _NEXT, (run, number + 1))
+    else:
+        delattr(x, _NEXT)
+    return x
+
+
+@dataclass
+class _Slots:
+    """Where a call's keys and values go: tensors of its layers, and how many keys they hold."""
+
+    layers: list[Any]
+    tensors: list[Tensor]
+    start: Tensor
+
+    @classmethod
+    def of(cls, call: _Call, attentions: list[Any]) -> _Slots | None:
+        """None where the op cannot use the cache."""
+        if call.cache is None:
+            return cls([], [], torch.tensor(0))
+        from torch_slmops.cache import GrowingLayer, layer_of
+
+        layers: list[Any] = []
+        tensors: list[Tensor] = []
+        starts: list[Any] = []
+        spec = attentions[0].slmops
+        shape = (call.x.shape[0], spec.heads[1], call.x.shape[1], spec.head_dim)
+        states = call.x.new_empty(1).expand(shape)
+        for attention in attentions:
+            layer = layer_of(call.cache, attention.layer_idx)
+            if isinstance(layer, GrowingLayer):
+                keys, values, start = layer.reserve(states, states)
+            elif layer is not None:  # a static one
+                if not layer.is_initialized:
+                    layer.lazy_initialization(states, states)
+                keys, values, start = layer.keys, layer.values, layer.cumulative_length
+            else:
+                return None
+            if keys.dtype != call.x.dtype:
+                return None
+            layers.append(layer)
+            tensors += (keys, values)
+            starts.append(start)
+        if len(starts) > 1 and any(int(start) != int(starts[0]) for start in starts):
+            return None
+        start = starts[0]
+        return cls(layers, tensors, start if isinstance(start, Tensor) else torch.tensor(start))
+
+    def advance(self, new: int) -> None:
+        """Counts `new` keys as there."""
+        for layer in self.layers:
+            if hasattr(layer, "advance"):
+                layer.advance(new)
+            else:
+                layer.cumulative_length.add_(new)

@@ -1,0 +1,70 @@
+"""What `optimize` notes on a model for later: for `report`, and for saving."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from torch_slmops.fuse import Left
+
+__all__ = ["left_of", "note_left", "note_options", "note_saved", "options_of"]
+
+_LEFT, _OPTIONS = "_slmops_left", "_slmops_options"
+
+
+def note_left(model: nn.Module, left: Mapping[str, Left]) -> None:
+    """Leaves a note for `report`: why blocks are not fused."""
+    vars(model)[_LEFT] = {n: (block.what, block.reason) for n, block in left.items()}
+
+
+def left_of(model: nn.Module) -> dict[str, tuple[str, str]] | None:
+    """Returns the class and the reason of each block that is not fused, if that was noted."""
+    found: dict[str, tuple[str, str]] | None = vars(model).get(_LEFT)
+    return found
+
+
+def note_options(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Leaves the arguments of `optimize` on `model`, as values that JSON can say.
+
+    Models of transformers inside it, or it itself, get a quantizer, so that `save_pretrained` saves
+    what `from_pretrained` can read.
+    """
+    noted = {name: _plain(value) for name, value in options.items()}
+    vars(model)[_OPTIONS] = noted
+    modeling: Any = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:  # then none of its models can be here
+        return
+    pending = [model]
+    while pending:
+        module = pending.pop()
+        if isinstance(module, modeling.PreTrainedModel):
+            from torch_slmops.hf_quantizer import attach
+
+            attach(module, noted)
+        else:
+            pending += module.children()
+
+
+def note_saved(
+    model: nn.Module, left: dict[str, tuple[str, str]] | None, options: dict[str, Any]
+) -> None:
+    """Leaves on a loaded model what the saved one had noted."""
+    if left is not None:
+        vars(model)[_LEFT] = dict(left)
+    note_options(model, options)
+
+
+def options_of(model: nn.Module) -> dict[str, Any]:
+    """Returns the arguments of the last `optimize` of this very model, if it was called on it."""
+    return dict(vars(model).get(_OPTIONS) or {})
+
+
+def _plain(value: Any) -> Any:
+    if callable(value):  # names by a function: only the result is known
+        return None
+    if isinstance(value, list | tuple | set | frozenset):
+        return sorted(value)
+    return value
