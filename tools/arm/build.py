@@ -38,11 +38,11 @@ setup = load_setup()
 
 
 class Build:
-    """Objects in a folder of .arm/, compiled again when a file that they were made of is newer."""
+    """Objects in .arm/objects, compiled again when a file that they were made of is newer."""
 
-    def __init__(self, name: str, flags: list[str]) -> None:
-        self.folder = ARM / name
-        self.flags = flags
+    def __init__(self) -> None:
+        self.folder = ARM / "objects"
+        self.flags = [*setup.COMMON_FLAGS, "-fPIC"]
         self.jobs: list[tuple[Path, list[str]]] = []
 
     def add(self, source: str, flags: list[str]) -> None:
@@ -62,6 +62,7 @@ class Build:
         return [str(target) for target, _ in self.jobs]
 
     def link(self, output: Path, flags: list[str]) -> None:
+        output.parent.mkdir(exist_ok=True)
         subprocess.run([CXX, "-o", str(output), *self.compile(), *flags], check=True)
 
 
@@ -85,11 +86,11 @@ def add_rows(build: Build) -> None:
 
 def program(name: str, sources: list[str]) -> None:
     """A torch-free program on all rows, linked statically: .arm/tests/NAME."""
-    build = Build("tests", setup.COMMON_FLAGS)
+    build = Build()
     add_rows(build)
     for source in [*below("csrc/pack"), "csrc/isa/isa.cpp", *sources]:
         build.add(source, setup.BASELINE_FLAGS)
-    build.link(build.folder / name, ["-static"])
+    build.link(ARM / "tests" / name, ["-static"])
 
 
 def below(folder: str) -> list[str]:
@@ -114,10 +115,11 @@ def extension() -> Path:
     include = [f"-I{path}" for path in include_paths()]
     include += [f"-idirafter{ARM}/root/usr/include", f"-I{ARM}/root/usr/include/python3.11"]
     macros = ["-DPy_LIMITED_API=0x030A0000", f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET_VERSION}"]
-    build = Build("extension", [*setup.COMMON_FLAGS, "-fPIC", *macros])
+    build = Build()
     add_rows(build)
     for source in setup.sources():
-        build.add(source, [*include, *setup.BASELINE_FLAGS])
+        needs_torch = source.startswith("csrc/ops/")
+        build.add(source, [*(include + macros if needs_torch else []), *setup.BASELINE_FLAGS])
     package = ARM / "package" / "torch_slmops"
     shutil.rmtree(package, ignore_errors=True)
     package.mkdir(parents=True)

@@ -6,7 +6,7 @@
 namespace slmops::testing {
 namespace {
 
-constexpr int64_t kK = 2048;  // of linear: one tile of 32 outputs
+constexpr int64_t kK = 1024;  // of linear: one tile of 32 outputs
 
 struct Problem {
   const char* name;
