@@ -5,7 +5,9 @@ bits in the file, weights have to be packed into the same bytes, and the model's
 the same.
 
 usage: python tests/vectors.py write FILE
-       python tests/vectors.py check FILE [--row ROW]   ROW: the best one, which has to be this
+       python tests/vectors.py check FILE [--row ROW] [--out FILE2]
+
+ROW is what the best row has to be; FILE2 gets the same with the results of this CPU's best row.
 """
 
 from __future__ import annotations
@@ -37,11 +39,8 @@ def vectors() -> list[dict[str, Any]]:
         for dtype in FLOATS:
             arguments = case.arguments(dtype)
             if finite(case, arguments):
-                result = getattr(ops, case.op)(*arguments)
-                name = f"{case} {dtype}"
-                found.append(
-                    {"name": name, "op": case.op, "arguments": arguments, "result": result}
-                )
+                vector = {"name": f"{case} {dtype}", "op": case.op, "arguments": arguments}
+                found.append(vector | {"result": call(vector)})
     return found
 
 
@@ -89,7 +88,7 @@ def write(path: Path) -> None:
     print(f"row {torch_slmops.isa()}: wrote {path.stat().st_size >> 10} KiB")
 
 
-def check(path: Path, row: str | None) -> None:
+def check(path: Path, row: str | None, out: Path | None) -> None:
     rows = torch_slmops.isas()
     assert row is None or rows[0] == row, f"expected the row {row}, got {rows[0]}"
     # Our own file; weights_only takes no dtypes among the arguments in torch 2.10.
@@ -97,16 +96,26 @@ def check(path: Path, row: str | None) -> None:
     model = shipped_model()
     for name in rows:
         torch_slmops.set_isa(name)
-        for vector in stored["vectors"]:
-            results = getattr(ops, vector["op"])(*vector["arguments"])
-            if isinstance(results, Tensor):
-                assert_same_bits(results, vector["result"], f"{name}: {vector['name']}")
-                continue
-            for actual, expected in zip(results, vector["result"], strict=True):
-                assert_same_bits(actual, expected, f"{name}: {vector['name']}")
+        here = [vector | {"result": call(vector)} for vector in stored["vectors"]]
+        for vector, expected in zip(here, stored["vectors"], strict=True):
+            what = f"{name}: {vector['name']}"
+            for one, other in zip(parts(vector), parts(expected), strict=True):
+                assert_same_bits(one, other, what)
         found = model_digests(model)
         assert found == stored["model"], f"{name}: {found}, expected {stored['model']}"
-        print(f"row {name}: {len(stored['vectors'])} calls, logits {found['logits']}", flush=True)
+        print(f"row {name}: {len(here)} calls, logits {found['logits']}", flush=True)
+        if out is not None and name == rows[0]:
+            torch.save({"vectors": here, "model": found}, out)
+
+
+def call(vector: dict[str, Any]) -> Any:
+    return getattr(ops, vector["op"])(*vector["arguments"])
+
+
+def parts(vector: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The tensors of a result."""
+    result = vector["result"]
+    return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
 def main() -> None:
@@ -114,11 +123,12 @@ def main() -> None:
     parser.add_argument("do", choices=["write", "check"])
     parser.add_argument("file", type=Path)
     parser.add_argument("--row")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.do == "write":
         write(arguments.file)
     else:
-        check(arguments.file, arguments.row)
+        check(arguments.file, arguments.row, arguments.out)
 
 
 if __name__ == "__main__":

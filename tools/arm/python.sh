@@ -12,8 +12,7 @@ mkdir -p .arm/vectors
 
 "$host" tests/vectors.py write .arm/vectors/host.pt
 for cpu; do
-  tools/arm/emulated.sh "$cpu" tests/vectors.py check .arm/vectors/host.pt --row "${best[$cpu]}"
-  tools/arm/emulated.sh "$cpu" tests/vectors.py write ".arm/vectors/$cpu.pt"
+  tools/arm/emulated.sh "$cpu" tests/vectors.py check .arm/vectors/host.pt --row "${best[$cpu]}" --out ".arm/vectors/$cpu.pt"
   "$host" tests/vectors.py check ".arm/vectors/$cpu.pt"
   # Neither -m nor pytest's pythonpath may put this folder, with the host's extension, before the package.
   tools/arm/emulated.sh "$cpu" -P -m pytest -o pythonpath= -q -p no:cacheprovider tests/test_dispatch_arm.py
