@@ -15,14 +15,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import small_models
 import torch
+from bits import assert_same_bits
 from cli_models import CommandLine, save_model
 from test_bench import SMALL_LINEARS, SMALL_MODELS
 
 import torch_slmops
-from torch_slmops.cli import bench, info
-from torch_slmops.cli.main import COMMANDS, main
-from torch_slmops.cli.screen import FAILED, USAGE, UserError
+from torch_slmops.cli import bench, info, models
+from torch_slmops.cli.main import COMMANDS, _parser, main
+from torch_slmops.cli.screen import FAILED, USAGE, Screen, UserError
 from torch_slmops.selfcheck import expected
 
 transformers = pytest.importorskip("transformers")
@@ -328,6 +330,56 @@ def test_an_interrupted_reply_is_forgotten(
     monkeypatch.setattr(replies, "reply", interrupted)
     first, third = chat_replies(cli, monkeypatch, llama, "w1\nw2\nw3\n")
     assert third["prompt_tokens"] == first["prompt_tokens"] + first["new_tokens"] + 4
+
+
+def test_quantize_and_load(cli: CommandLine, llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "packed"
+    found = cli.json("quantize", llama, out, "--weights", "int8")
+    assert found["bytes_after"] < found["bytes_before"]
+    assert set(found["files"]) == {file.name for file in out.iterdir()}
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(found["files"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
+    torch_slmops.optimize(model, weights="int8", progress=False)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
+    ids = small_models.tokens(2, 9)
+    assert_same_bits(small_models.logits(loaded, ids), small_models.logits(model, ids))
+    # Its folder is a MODEL like any other; options of quantization have no use there.
+    assert (
+        cli.json("report", out)["packed"]
+        == cli.json("report", llama, "--weights", "int8")["packed"]
+    )
+    text = cli.json("generate", out, "w1 w2", "--max-new-tokens", 6)["text"]
+    want = cli.json("generate", llama, "w1 w2", "--max-new-tokens", 6, "--weights", "int8")["text"]
+    assert text == want
+    code, _, err = cli.run("quantize", out, tmp_path / "again")
+    assert code == FAILED
+    assert "is packed already" in err.splitlines()[-1]
+    code, _, err = cli.run("quantize", llama, out)
+    assert code == FAILED
+    assert "the folder has files; --force" in err
+    assert cli.run("quantize", llama, out, "--force")[0] == 0
+    assert cli.json("report", out)["packed"][0]["now"].startswith("int8")  # the embedding
+    assert any(row["now"].startswith("int4") for row in cli.json("report", out)["packed"])
+
+
+def test_quantize_with_calibration(cli: CommandLine, llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i * i % 120}" for i in range(400)))
+    cli.json("quantize", llama, tmp_path / "packed", "--calibration", text)
+    found = cli.json("report", tmp_path / "packed")
+    assert any(row["now"].endswith(", calibrated") for row in found["packed"])
+
+
+def test_packing_on_the_way_gives_what_optimize_gives(llama: Path, bert: Path) -> None:
+    for folder, left in ((llama, "*.down_proj"), (bert, "*.decoder")):
+        args = _parser().parse_args(["report", str(folder), "--exclude", left])
+        loaded = models.load(args, Screen(as_json=True))
+        model = models.load_float(str(folder), "auto")
+        torch_slmops.optimize(model, exclude=[left], progress=False)
+        assert torch_slmops.report(loaded.model) == torch_slmops.report(model)
+        ids = small_models.tokens(1, 8)
+        got, want = (small_models.logits(m, ids) for m in (loaded.model, model))
+        assert_same_bits(got, want)
 
 
 def test_serve_says_what_it_needs(

@@ -1,4 +1,4 @@
-"""The code blocks of docs/save-and-load.md run as they stand, one after the other."""
+"""The code blocks of docs/save-and-load.md and README.md run as they stand, in their order."""
 
 from __future__ import annotations
 
@@ -13,18 +13,37 @@ from tests.builds import ROOT
 pytest.importorskip("transformers")
 
 
+@pytest.mark.parametrize(
+    ("file", "count", "printed"),
+    [
+        (
+            "docs/save-and-load.md",
+            6,
+            [
+                "torch_slmops report: LlamaForCausalLM",
+                "damaged.safetensors: 3.packed: expected bytes with the checksum",
+            ],
+        ),
+        ("README.md", 2, ["torch_slmops report: LlamaForCausalLM"]),
+    ],
+)
 def test_blocks_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    file: str,
+    count: int,
+    printed: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    text = (ROOT / "docs" / "save-and-load.md").read_text("utf-8")
+    text = (ROOT / file).read_text("utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == count
     assert text.count("```") == 2 * len(blocks)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "docs"}
     for block in blocks:
-        exec(compile(block, "docs/save-and-load.md", "exec"), names)
-    printed = capsys.readouterr().out
-    assert "torch_slmops report: LlamaForCausalLM" in printed
-    assert "damaged.safetensors: 3.packed: expected bytes with the checksum" in printed
+        exec(compile(block, file, "exec"), names)
+    out = capsys.readouterr().out
+    for words in printed:
+        assert words in out

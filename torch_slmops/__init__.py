@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch_slmops import ops
 from torch_slmops.attention import register_attention
 from torch_slmops.dequantize import dequantize
+from torch_slmops.evaluate import evaluate
 from torch_slmops.families import register_family
 from torch_slmops.hf_register import register_when_imported
 from torch_slmops.isa import isa, isas, set_isa
@@ -30,6 +31,7 @@ __all__ = [
     "SlmopsConfig",
     "__version__",
     "dequantize",
+    "evaluate",
     "isa",
     "isas",
     "load",

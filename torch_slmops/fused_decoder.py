@@ -323,7 +323,7 @@ class _Slots:
         for attention in attentions:
             layer = layer_of(call.cache, attention.layer_idx)
             if isinstance(layer, GrowingLayer):
-                keys, values, start = layer.reserve(states, states)
+                keys, values, start = layer.reserve(states, states, blocked=True)
             elif layer is not None:  # a static one
                 if not layer.is_initialized:
                     layer.lazy_initialization(states, states)

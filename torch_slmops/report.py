@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from torch_slmops.budget import Budget, Choice
 from torch_slmops.fuse import looks_like_a_block
 from torch_slmops.fused import Fused, FusedAttention
 from torch_slmops.isa import isa
 from torch_slmops.modules import Embedding, PackedModule
+from torch_slmops.notes import budget_of, left_of
 from torch_slmops.packed_rows import Rows
 from torch_slmops.survey import Site, find_sites
 
@@ -99,6 +101,7 @@ class Report:
         bytes_after: All parameters and buffers now.
         not_portable: Classes of modules, with their numbers, that compute by other code than the
             ops of this package; their results may differ between CPUs.
+        budget: What `optimize(max_kl=...)` chose, predicted and measured; else None.
     """
 
     model: str
@@ -110,6 +113,7 @@ class Report:
     bytes_before: int
     bytes_after: int
     not_portable: tuple[tuple[str, int], ...]
+    budget: Budget | None = None
 
     @property
     def bit_portable(self) -> bool:
@@ -141,6 +145,8 @@ class Report:
                 ("blocks", "", "class", "why"),
                 [(u.name, f"x{u.count}", u.what, u.reason) for u in self.unfused],
             )
+        if self.budget is not None:
+            lines += _budget_lines(self.budget)
         smaller = self.bytes_before / max(self.bytes_after, 1)
         before, after = _mb(self.bytes_before), _mb(self.bytes_after)
         lines += [
@@ -191,7 +197,36 @@ def report(model: nn.Module) -> Report:
         bytes_after + saved,
         bytes_after,
         tuple(others.items()),
+        budget_of(model),
     )
+
+
+def _budget_lines(budget: Budget) -> list[str]:
+    """The budget, and the KL of its choices, those of alike pieces in one format together."""
+    measured = budget.measured
+    groups: dict[tuple[str, str], list[Choice]] = {}
+    for choice in budget.choices:
+        groups.setdefault((_pattern(choice.name), choice.format), []).append(choice)
+    ordered = sorted(groups.items(), key=lambda group: -sum(c.kl for c in group[1]))
+    return [
+        "",
+        f"budget: mean KL at most {budget.max_kl:g} nats per token; predicted "
+        f"{budget.predicted:.3g}, measured {measured.value:.3g} (95 % interval {measured.low:.3g} "
+        f"to {measured.high:.3g}, {budget.tokens} tokens)",
+        *_table(
+            ("quantized alone", "", "format", "KL", "MB"),
+            [
+                (
+                    pattern if len(choices) > 1 else choices[0].name,
+                    f"x{len(choices)}",
+                    how,
+                    f"{sum(c.kl for c in choices):.2g}",
+                    _mb(sum(c.bytes for c in choices)),
+                )
+                for (pattern, how), choices in ordered
+            ],
+        ),
+    ]
 
 
 def _is_ours(module: nn.Module) -> bool:
@@ -220,7 +255,7 @@ def _fused_rows(model: nn.Module) -> tuple[FusedRow, ...]:
 
 
 def _unfused_rows(model: nn.Module) -> tuple[UnfusedRow, ...]:
-    notes: dict[str, tuple[str, str]] | None = vars(model).get("_slmops_left")
+    notes = left_of(model)
     if notes is None:
         unasked = "optimize was not called, or with fuse=False"
         notes = {

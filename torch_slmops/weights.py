@@ -97,7 +97,7 @@ class QuantizedWeight:
                 or an argument is not one of the above.
         """
         if act_group is None:
-            act_group = self._default_act_group()
+            act_group = default_act_group(self.bits, self.group_size, self.shape[1])
         n, k = self.shape
         zero = self.zero_point is not None
         out = memory.empty(
@@ -115,15 +115,6 @@ class QuantizedWeight:
             activations,
         )
         return out
-
-    def _default_act_group(self) -> int:
-        k = self.shape[1]
-        group = -(-k // 32) * 32 if self.group_size == -1 else self.group_size
-        candidates = (128, 64, 32) if self.bits == 4 else (32,)
-        for size in candidates:
-            if k % size == 0 and (size % group == 0 or group % size == 0):
-                return size
-        return 32
 
     @staticmethod
     def unpack(packed: Tensor) -> QuantizedWeight:
@@ -287,6 +278,16 @@ def quantize_weight(
         group_size,
         (w.shape[0], w.shape[1]),
     )
+
+
+def default_act_group(bits: int, group_size: int, k: int) -> int:
+    """Returns what `pack` takes for `act_group` if it is given none."""
+    group = -(-k // 32) * 32 if group_size == -1 else group_size
+    candidates = (128, 64, 32) if bits == 4 else (32,)
+    for size in candidates:
+        if k % size == 0 and (size % group == 0 or group % size == 0):
+            return size
+    return 32
 
 
 def resolve_scales(

@@ -27,9 +27,19 @@ const IsaRow& scalar_row() {
   return all[count - 1];
 }
 
+namespace {
+const IsaRow* chosen_row = nullptr;
+}
+
+void choose_row(const char* name) {
+  chosen_row = select(~0u, name);
+  EXPECT(chosen_row != nullptr, "one of %s, got %s", runnable(~0u).c_str(), name);
+}
+
 const std::vector<IsaRow>& other_rows() {
   static const std::vector<IsaRow> found = [] {
     std::vector<IsaRow> list;
+    if (chosen_row != nullptr) return std::vector<IsaRow>{*chosen_row};
     int count = 0;
     const IsaRow* all = rows(&count);
     const uint32_t offered = system_features();
@@ -55,7 +65,7 @@ const std::vector<IsaRow>& linear_rows() {
   static const std::vector<IsaRow> found = [] {
     std::vector<IsaRow> list = other_rows();
 #if defined(__x86_64__)
-    list.push_back({"amx, emulated", 0, &amx_emulated::kernels});
+    if (chosen_row == nullptr) list.push_back({"amx, emulated", 0, &amx_emulated::kernels});
 #endif
     return list;
   }();
@@ -81,12 +91,19 @@ uint16_t to_half(DType type, uint32_t bits) {
 
 }  // namespace
 
+namespace {
+bool signs = true;
+}
+
+void fill_without_signs() { signs = false; }
+
 void fill(Random& random, DType type, float size, int special, void* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const float x = random.unit() * size;
     uint32_t bits;
     memcpy(&bits, &x, sizeof(bits));
     if (random.chance(special)) bits = random.pick(kSpecial);
+    if (!signs) bits &= 0x7fffffffu;
     uint8_t* p = static_cast<uint8_t*>(out) + i * size_of(type);
     if (type == DType::f32) {
       memcpy(p, &bits, sizeof(bits));

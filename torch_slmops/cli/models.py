@@ -54,16 +54,14 @@ class Loaded:
         model: The transformers model, optimized unless --no-optimize.
         tokenizer: Its tokenizer, or None where the model has none.
         was_packed: Whether it was packed already, so that the options of quantization had no use.
-        load_seconds: How long reading it took.
-        optimize_seconds: How long `optimize` took.
+        seconds: How long reading and packing took.
     """
 
     source: Source
     model: Any
     tokenizer: Any
     was_packed: bool
-    load_seconds: float
-    optimize_seconds: float
+    seconds: float
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +97,9 @@ def require_transformers() -> None:
 def load(args: argparse.Namespace, screen: Screen, *, wants_tokenizer: bool = True) -> Loaded:
     """Loads the model of the command line, and optimizes it if it is not packed yet.
 
+    A float checkpoint of safetensors is packed while it is read, layer by layer, unless it is to be
+    calibrated.
+
     Raises:
         UserError: There is no such model, it cannot be read, or an option does not suit it.
     """
@@ -107,25 +108,30 @@ def load(args: argparse.Namespace, screen: Screen, *, wants_tokenizer: bool = Tr
     source = locate(args.model)
     texts = _texts(args.calibration)
     prepare_transformers()
+    options = _quantization(args)
     start = time.perf_counter()
-    model = _guarded(source, lambda: _load_model(source, args.dtype)).eval()
+    config = _guarded(source, lambda: _load_config(source))
+    marked = getattr(config, "quantization_config", None) is not None
+    streamed = options if texts is None and source.gguf is None and not marked else None
+    model = _guarded(source, lambda: _load_model(source, config, args.dtype, streamed)).eval()
     tokenizer = None
     if wants_tokenizer or texts is not None:
         tokenizer = _guarded(source, lambda: _load_tokenizer(source))
-    read = time.perf_counter()
-    was_packed = any(isinstance(module, PackedModule) for module in model.modules())
-    if was_packed:
+    packed = any(isinstance(module, PackedModule) for module in model.modules())
+    if packed and streamed is None:
         screen.note(f"{args.model} is packed already")
-    elif not args.no_optimize:
-        _optimize(model, args, texts, tokenizer)
-    return Loaded(source, model, tokenizer, was_packed, read - start, time.perf_counter() - read)
+    elif not packed and options is not None:
+        _optimize(model, options, texts, tokenizer)
+    was_packed = packed and streamed is None
+    return Loaded(source, model, tokenizer, was_packed, time.perf_counter() - start)
 
 
 def load_float(name: str, dtype: str) -> Any:
     """Loads a model and leaves it as it is; the errors of `load`."""
     source = locate(name)
     prepare_transformers()
-    return _guarded(source, lambda: _load_model(source, dtype)).eval()
+    config = _guarded(source, lambda: _load_config(source))
+    return _guarded(source, lambda: _load_model(source, config, dtype, None)).eval()
 
 
 def locate(name: str) -> Source:
@@ -174,17 +180,28 @@ def prepare_transformers() -> None:
     warnings.filterwarnings("ignore", module="transformers|torch|torchao")
 
 
-def _load_model(source: Source, dtype: str) -> Any:
+def _load_config(source: Source) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source.folder, **source.options)
+
+
+def _load_model(source: Source, config: Any, dtype: str, packing: dict[str, Any] | None) -> Any:
+    """The model, packed while it is read where `packing` has the arguments of `optimize`."""
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(source.folder, **source.options)
     names = config.architectures or [""]
     found = getattr(transformers, names[0], transformers.AutoModelForCausalLM)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    if source.gguf is None:
+    if source.gguf is not None:
+        return _load_gguf(found, source, wanted)
+    if packing is None:
         return found.from_pretrained(source.folder, dtype=wanted)
-    return _load_gguf(found, source, wanted)
+    from torch_slmops import SlmopsConfig
+
+    plan = SlmopsConfig(**packing)
+    return found.from_pretrained(source.folder, dtype=wanted, quantization_config=plan)
 
 
 def _load_gguf(model_class: Any, source: Source, dtype: Any) -> Any:
@@ -224,25 +241,36 @@ def _guarded(source: Source, read: Callable[[], _T]) -> _T:
         raise UserError(f"{source.name}: {what}") from error
 
 
-def _optimize(
-    model: Any, args: argparse.Namespace, texts: list[str] | None, tokenizer: Any
-) -> None:
+def _quantization(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The arguments of `optimize`, checked; None with --no-optimize."""
+    from torch_slmops.optimize import make_formats
+
+    if args.no_optimize:
+        return None
+    formats = {
+        "weights": args.weights,
+        "scale_kind": args.scale_kind,
+        "group_size": args.group_size,
+        "symmetric": not args.asymmetric,
+        "activations": args.activations,
+        "act_group": args.act_group,
+        "lm_head": None if args.lm_head == "none" else args.lm_head,
+    }
+    try:
+        make_formats(**formats)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error), USAGE) from error
+    chosen = {"include": args.include, "exclude": args.exclude}
+    return formats | chosen | {"fuse": not args.no_fuse, "strict": args.strict}
+
+
+def _optimize(model: Any, options: dict[str, Any], texts: list[str] | None, tokenizer: Any) -> None:
     from torch_slmops.optimize import optimize
 
     try:
         optimize(
             model,
-            weights=args.weights,
-            scale_kind=args.scale_kind,
-            group_size=args.group_size,
-            symmetric=not args.asymmetric,
-            activations=args.activations,
-            act_group=args.act_group,
-            lm_head=None if args.lm_head == "none" else args.lm_head,
-            include=args.include,
-            exclude=args.exclude,
-            fuse=not args.no_fuse,
-            strict=args.strict,
+            **options,
             calibration=texts,
             tokenizer=None if texts is None else tokenizer,
             progress=sys.stderr.isatty(),
