@@ -128,7 +128,8 @@ Format random_format(Random& random) {
     } else {
       f.bits = random.chance(50) ? 4 : 8;
       f.scale_type = random.chance(50) ? DType::f16 : DType::bf16;
-      f.zero_kind = random.pick({ZeroKind::none, ZeroKind::int16, ZeroKind::floating, ZeroKind::offset});
+      f.zero_kind =
+          random.pick({ZeroKind::none, ZeroKind::int16, ZeroKind::floating, ZeroKind::offset});
       f.group = random.pick({32, 64, 96, 128, 256, static_cast<int>((f.k + 31) / 32 * 32)});
     }
     const int64_t block = scale_block(f);
