@@ -6,9 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from torch_slmops.attention import NAME
 from torch_slmops.budget import Budget, Choice
 from torch_slmops.fuse import looks_like_a_block
 from torch_slmops.fused import Fused, FusedAttention
@@ -16,6 +18,7 @@ from torch_slmops.isa import isa
 from torch_slmops.modules import Embedding, PackedModule
 from torch_slmops.notes import budget_of, left_of
 from torch_slmops.packed_rows import Rows
+from torch_slmops.stack import connects_only
 from torch_slmops.survey import Site, find_sites
 
 __all__ = ["FusedRow", "LeftRow", "PackedRow", "Report", "UnfusedRow", "report"]
@@ -181,7 +184,8 @@ def report(model: nn.Module) -> Report:
     ours = {module for module in model.modules() if _is_ours(module)}
     for block in list(ours):
         if isinstance(block, Fused):  # what it passes by, such as an activation
-            ours.update(block.get_submodule(name) for name in block._inner())
+            inner = [block.get_submodule(name) for name in block._inner()]
+            ours.update(module for module in inner if not isinstance(module, FusedAttention))
     others = Counter(
         _class(module)
         for module in model.modules()
@@ -231,9 +235,10 @@ def _budget_lines(budget: Budget) -> list[str]:
 
 def _is_ours(module: nn.Module) -> bool:
     """Whether it computes with nothing but the ops of this package, or exactly."""
-    if isinstance(module, FusedAttention):  # softmax and its two matrix products are torch's
-        return False
-    return isinstance(module, PackedModule | Rows | Fused)
+    if isinstance(module, FusedAttention):  # else softmax and its two matrix products are torch's
+        config: Any = module.config
+        return module.slmops.row.forward is None and config._attn_implementation == NAME
+    return isinstance(module, PackedModule | Rows | Fused) or connects_only(module)
 
 
 def _class(module: nn.Module) -> str:

@@ -1,7 +1,6 @@
 // Every row gives the bits of the scalar row: activations over a dense sweep (all 2^32 floats in a
 // full run), norms and rotary on random problems; and sin_cos is near the C library's long double.
 #include <algorithm>
-#include <algorithm>
 #include <cmath>
 
 #include "../../csrc/ops/sin_cos.h"
