@@ -26,6 +26,7 @@ PY_FILES := setup.py torch_slmops tests benchmarks examples tools
 SOURCES := $(filter csrc/%,$(CPP_FILES))
 
 .PHONY: help demo test lint format bench aoti build cpptest emulate-avx2 emulate-bochs test-transformers test-encoder test-serve test-bitsandbytes test-lm-eval soak ci-full clean
+.PHONY: arm-quick arm arm-cost arm-wheel
 help:
 	@echo "make demo          set up, build, run examples/quickstart.py"
 	@echo "make test          set up, build, run the test suite"
@@ -36,6 +37,10 @@ help:
 	@echo "make build         set up, build the extension in place"
 	@echo "make cpptest       the C++ tests under AddressSanitizer and UBSan"
 	@echo "make emulate-avx2  a selection of the tests on an emulated CPU with AVX2 and no more"
+	@echo "make arm           AArch64, cross-built, on emulated CPUs: the C++ tests at every level, ops and a model in Python at three"
+	@echo "make arm-quick     the same with Python at one level"
+	@echo "make arm-cost      AArch64: executed instructions and predicted cycles of the hot loops"
+	@echo "make arm-wheel     AArch64: a wheel in dist/"
 	@echo "make emulate-bochs the rows avx_vnni and amx on emulated CPUs that have them"
 	@echo "make test-transformers  the tests of model families with several versions of transformers"
 	@echo "make test-encoder  optimized sentence embeddings of a trained encoder against float32 ones"
@@ -104,6 +109,28 @@ cpptest:
 emulate-avx2: build $(VENV)/.stamp-dev
 	tools/emulate_avx2.sh $(VENV)/bin/python
 
+# The host is x86-64 with Debian's packages. .arm/ keeps the emulator, a root, torch's wheel and what is built with them.
+ARM_SETUP := PYTHON=$(VENV)/bin/python tools/arm/setup.sh
+ARM_BUILD := $(VENV)/bin/python tools/arm/build.py
+arm-quick: build $(VENV)/.stamp-dev
+	$(ARM_SETUP) python
+	$(ARM_BUILD) tests
+	tools/arm/levels.sh
+	$(ARM_BUILD) extension
+	tools/arm/python.sh $(VENV)/bin/python neoverse-v1
+
+arm: arm-quick
+	tools/arm/python.sh $(VENV)/bin/python neoverse-n1 max
+
+arm-cost: $(VENV)/.stamp-run
+	$(ARM_SETUP) cost
+	$(ARM_BUILD) cost
+	$(VENV)/bin/python tools/arm/cost.py
+
+arm-wheel: $(VENV)/.stamp-run
+	$(ARM_SETUP) python
+	$(ARM_BUILD) wheel
+
 emulate-bochs: build
 	tools/bochs/run.sh
 
@@ -141,7 +168,7 @@ test-serve: build $(VENV)/.stamp-dev
 soak: build $(VENV)/.stamp-dev
 	SLMOPS_SOAK_CALLS=10000 $(VENV)/bin/python -m pytest tests/test_soak.py
 
-ci-full: emulate-avx2 emulate-bochs test-transformers test-encoder test-bitsandbytes test-serve test-lm-eval
+ci-full: arm emulate-avx2 emulate-bochs test-transformers test-encoder test-bitsandbytes test-serve test-lm-eval
 	tests/cpp/run.sh full
 	$(VENV)/bin/python -m pytest -m full
 

@@ -118,8 +118,8 @@ def optimize(
             token, in nats, on `texts`. For each layer (q/k/v together, gate/up together) the codes,
             the groups and the activations (int8, or float where they pay) are chosen so that it is
             met with the fewest bytes; a layer with float activations counts as a tenth larger.
-            `report` shows the choice. Takes two forwards of 512 tokens per layer and format, about:
-            seconds for a model of some million weights, minutes for 1 B. For causal language
+            `report` shows the choice. Takes at most a forward of 512 tokens per layer and format,
+            half of one on average: seconds for a model of some million weights. For causal language
             models. The arguments from `weights` to `act_group` stay out; `lm_head=None` leaves the
             head, else its format is chosen too. With `calibration`, on other text, the codes of
             all formats are calibrated, which takes twice the model's memory.

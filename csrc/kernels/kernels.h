@@ -272,16 +272,14 @@ constexpr bool fits_matrix(const Format& f, int64_t rows) {
   return rows >= kMatrixRows && f.activations == Activations::int8 &&
          matrix_span(f) / matrix_unit(f) <= kMostMatrixUnits;
 }
-/// Bytes of LinearArgs::scratch for blocks of `rows` rows: their sums; a chunk of sub16 lines, or,
-/// for a matrix unit, a span of int4 lines, expanded to int8; the integer sums of a span.
+/// Bytes of LinearArgs::scratch for blocks of `rows` rows: their sums; a chunk of lines expanded to
+/// int8; for a matrix unit the integer sums of a span.
 constexpr int64_t scratch_bytes(const Format& f, int64_t rows) {
   int64_t bytes = rows * kTile * int64_t{sizeof(float)};
   const bool matrix = fits_matrix(f, rows);
-  if (f.scale_kind == ScaleKind::sub16) {
+  if (f.activations == Activations::int8) {
     const int64_t length = chunk_length(f);
     bytes += (length < f.k_padded ? length : f.k_padded) * kTile;
-  } else if (matrix && f.bits == 4) {
-    bytes += matrix_span(f) * kTile;
   }
   if (!matrix) return bytes;
   return bytes +

@@ -209,8 +209,16 @@ SLMOPS_INLINE void expanded_pass(const Format& f, const Chunk& chunk, int half, 
   }
 }
 
-/// sub16 lines as int8 lines of u = v + 128.
-inline void expand_chunk(const Chunk& chunk, uint8_t* out) {
+/// Stores 8 k of 16 outputs as two lines.
+SLMOPS_INLINE void store_lines(uint8_t* out, int half, Line low, Line high) {
+  store_line(out + half * kLineBytes, low);
+  store_line(out + (2 + half) * kLineBytes, high);
+}
+
+/// sub16 lines as int8 lines of u = v + 128: store(out, half, k 0..3, k 4..7) for 8 k at a time,
+/// which take 4 lines of `out`.
+template <class Store>
+SLMOPS_INLINE void expand_chunk(const Chunk& chunk, uint8_t* out, const Store& store) {
   const uint8_t* block = chunk.lines;
   for (int64_t k = 0; k < chunk.count; k += kSubBlock, block += kSubBlockBytes) {
 #pragma GCC unroll 4
@@ -221,9 +229,8 @@ inline void expand_chunk(const Chunk& chunk, uint8_t* out) {
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
           const Line line = load_line(block + (4 * j + 2 * i + half) * kLineBytes);
-          uint8_t* lines = out + (4 * i + half) * kLineBytes;
-          store_line(lines, expand(low_nibbles(line), sub));
-          store_line(lines + 2 * kLineBytes, expand(high_nibbles(line), sub));
+          store(out + 4 * i * kLineBytes, half, expand(low_nibbles(line), sub),
+                expand(high_nibbles(line), sub));
         }
       }
     }

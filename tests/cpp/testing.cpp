@@ -3,13 +3,13 @@
 
 namespace slmops {
 
+#if defined(__x86_64__)
 namespace avx512_emulated {
 extern const KernelTable kernels;
 }
 namespace amx_emulated {
 extern const KernelTable kernels;
 }
-#if defined(__x86_64__)
 namespace avx_vnni_emulated {
 extern const KernelTable kernels;
 }
@@ -54,8 +54,8 @@ const std::vector<IsaRow>& other_rows() {
     for (const IsaRow& row : more) {
       if ((offered & row.requires_features) == row.requires_features) list.push_back(row);
     }
-#endif
     list.push_back({"avx512_vnni, emulated", 0, &avx512_emulated::kernels});
+#endif
     return list;
   }();
   return found;
@@ -64,7 +64,9 @@ const std::vector<IsaRow>& other_rows() {
 const std::vector<IsaRow>& linear_rows() {
   static const std::vector<IsaRow> found = [] {
     std::vector<IsaRow> list = other_rows();
+#if defined(__x86_64__)
     if (chosen_row == nullptr) list.push_back({"amx, emulated", 0, &amx_emulated::kernels});
+#endif
     return list;
   }();
   return found;
@@ -81,7 +83,7 @@ uint16_t to_half(DType type, uint32_t bits) {
   if (type == DType::bf16) return static_cast<uint16_t>(bits >> 16);
   float x;
   memcpy(&x, &bits, sizeof(x));
-  const _Float16 half = static_cast<_Float16>(x);
+  const Half half = static_cast<Half>(x);
   uint16_t out;
   memcpy(&out, &half, sizeof(out));
   return out;

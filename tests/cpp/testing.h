@@ -21,6 +21,12 @@
 
 namespace slmops::testing {
 
+#if defined(__aarch64__) && !defined(__clang__)
+using Half = __fp16;  // g++ 12 has _Float16 in C++ only on x86
+#else
+using Half = _Float16;
+#endif
+
 /// splitmix64: the same numbers on every machine.
 class Random {
  public:
