@@ -7,6 +7,7 @@ A block of Python or of `torch-slmops` commands that cannot run here has a line 
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ class Block:
     Attributes:
         page: The page's path in the repository.
         line: Where it begins.
-        language: What stands behind the fence.
+        language: What stands behind the fence: "python" or "sh"; "text" is no code.
         code: Its lines.
         reason: Why it is not run, or None.
     """
@@ -66,8 +67,10 @@ def blocks_of(path: Path) -> list[Block]:
     found = []
     for match in _BLOCK.finditer(text):
         line = text.count("\n", 0, match.start("code"))
-        found.append(Block(page, line, match["language"], match["code"], match["reason"]))
-    assert text.count("```") == 2 * len(found), f"{page}: a fence that does not end"
+        if match["language"] != "text":
+            found.append(Block(page, line, match["language"], match["code"], match["reason"]))
+    count = len(_BLOCK.findall(text))
+    assert text.count("```") == 2 * count, f"{page}: a fence that does not end"
     return found
 
 
@@ -166,3 +169,14 @@ def test_index_names_every_page() -> None:
     for path in sorted((ROOT / "docs").rglob("*.md")):
         name = path.relative_to(ROOT / "docs").as_posix()
         assert name == "README.md" or f"({name})" in index, name
+
+
+def test_reference_is_up_to_date() -> None:
+    pytest.importorskip("torchao")
+    made = runpy.run_path(str(ROOT / "tools" / "write_reference.py"))
+    assert made["PATH"].read_text("utf-8") == made["text"](), "run tools/write_reference.py"
+
+
+def test_changes_begin_with_this_version() -> None:
+    found = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert found is not None and found[1] == torch_slmops.__version__
