@@ -1,4 +1,4 @@
-"""Writes docs/reference.md: signatures and docstrings of what users call.
+"""Writes docs/reference.md: signatures and docstrings of what users call, read from the source.
 
     python tools/write_reference.py
 
@@ -7,64 +7,84 @@ A test compares the file with what this makes.
 
 from __future__ import annotations
 
-import inspect
+import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
-import torch_slmops
-from torch_slmops import compile as compiling
-from torch_slmops import families, modules, ops, torchao
-from torch_slmops.evaluate import Evaluation
-from torch_slmops.isa import describe, features, missing_features
-from torch_slmops.plot import plot_kl
-from torch_slmops.report import Report
-
-PATH = Path(__file__).parents[1] / "docs" / "reference.md"
+ROOT = Path(__file__).resolve().parents[1]
+PATH = ROOT / "docs" / "reference.md"
 
 _INTRO = """# Reference
 
 Signatures and docstrings of what users call, written by `tools/write_reference.py`. What the ops
 compute is defined in [arithmetic.md](arithmetic.md).
 """
-_NOT_CALLED = ("__version__", "ops", "register_family")
+_ELSEWHERE = ("__version__", "ops", "register_family")
 _SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 _ENTRY = re.compile(r"^([*\w][\w*, ]*?): (.*)$")
+_WIDTH = 100
+
+Definition: TypeAlias = "ast.FunctionDef | ast.ClassDef"
 
 
-def chapters() -> dict[str, dict[str, Any]]:
-    """Title: what is in it, by the name that a user writes."""
-    package = [name for name in torch_slmops.__all__ if name not in _NOT_CALLED]
+def chapters() -> dict[str, dict[str, str]]:
+    """Title: what is in it, as a user writes it, and the module that defines it."""
+    homes = _homes("torch_slmops/__init__.py")
+    package = [name for name in _all("torch_slmops/__init__.py") if name not in _ELSEWHERE]
+    isa = ("describe", "features", "missing_features")
     rows = ("Attention", "GatedMLP", "Experts", "RMSNorm", "DecoderLayer")
+    parts = _homes("torch_slmops/ops/__init__.py")
+    ops = [name for name in _all("torch_slmops/ops/__init__.py") if name[0].islower()]
     return {
-        "The package": {
-            **{f"torch_slmops.{name}": getattr(torch_slmops, name) for name in package},
-            "torch_slmops.isa.describe": describe,
-            "torch_slmops.isa.features": features,
-            "torch_slmops.isa.missing_features": missing_features,
-            "torch_slmops.plot.plot_kl": plot_kl,
-        },
+        "The package": {f"torch_slmops.{name}": homes[name] for name in package}
+        | {f"torch_slmops.isa.{name}": "isa" for name in isa}
+        | {"torch_slmops.plot.plot_kl": "plot"},
         "Results and modules": {
-            "torch_slmops.report.Report": Report,
-            "torch_slmops.evaluate.Evaluation": Evaluation,
-            "torch_slmops.modules.Linear": modules.Linear,
-            "torch_slmops.modules.Embedding": modules.Embedding,
+            "torch_slmops.report.Report": "report",
+            "torch_slmops.evaluate.Evaluation": "evaluate",
+            "torch_slmops.modules.Linear": "modules",
+            "torch_slmops.modules.Embedding": "modules",
         },
-        "Model families": {
-            "torch_slmops.register_family": torch_slmops.register_family,
-            **{f"torch_slmops.families.{name}": getattr(families, name) for name in rows},
-        },
-        "torchao and torch.compile": {
-            "torch_slmops.torchao.SlmopsWeightOnlyConfig": torchao.SlmopsWeightOnlyConfig,
-            'torch.compile(backend="slmops")': compiling.backend,
-        },
-        "Ops": {
-            f"torch_slmops.ops.{name}": getattr(ops, name)
-            for name in ops.__all__
-            if inspect.isfunction(getattr(ops, name))
-        },
+        "Model families": {"torch_slmops.register_family": "families"}
+        | {f"torch_slmops.families.{name}": "families" for name in rows},
+        "torchao": {"torch_slmops.torchao.SlmopsWeightOnlyConfig": "torchao"},
+        "Ops": {f"torch_slmops.ops.{name}": parts[name] for name in ops},
     }
+
+
+@cache
+def _tree(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text("utf-8"))
+
+
+def _homes(file: str) -> dict[str, str]:
+    """The modules, below torch_slmops, that names of a file are imported from."""
+    return {
+        alias.name: str(node.module).partition(".")[2]
+        for node in ast.walk(_tree(file))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
+def _all(file: str) -> list[str]:
+    for node in _tree(file).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            names: list[str] = ast.literal_eval(node.value)
+            return names
+    raise ValueError(f"{file}: expected __all__")
+
+
+def _definition(module: str, name: str) -> Definition:
+    path = f"torch_slmops/{module.replace('.', '/')}"
+    file = f"{path}.py" if (ROOT / f"{path}.py").is_file() else f"{path}/__init__.py"
+    for node in _tree(file).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            return node
+    return _definition(_homes(file)[name], name)
 
 
 def text() -> str:
@@ -72,56 +92,89 @@ def text() -> str:
     parts = [_INTRO]
     for title, members in chapters().items():
         parts.append(f"## {title}\n")
-        for name, member in members.items():
-            parts.append(f"### {name}\n\n```text\n{signature(name, member)}\n```\n")
-            parts.append("\n".join(markdown(inspect.getdoc(member) or "")) + "\n")
+        for name, module in members.items():
+            node = _definition(module, name.rpartition(".")[2])
+            parts += _entry("###", name, node)
+            for method in _methods(node):
+                parts += _entry("####", f"{node.name}.{method.name}", method)
     return "\n".join(parts)
 
 
-def signature(name: str, member: Any) -> str:
+def _entry(level: str, name: str, node: Definition) -> Iterator[str]:
+    yield f"{level} {name}\n\n```text\n{signature(node)}\n```\n"
+    yield "\n".join(markdown(_doc(node))) + "\n"
+
+
+def _doc(node: Definition) -> str:
+    return ast.get_docstring(node) or ""
+
+
+def _methods(node: Definition) -> Iterator[ast.FunctionDef]:
+    """The public methods that say what they do."""
+    for part in node.body if isinstance(node, ast.ClassDef) else []:
+        if isinstance(part, ast.FunctionDef) and not part.name.startswith("_") and _doc(part):
+            yield part
+
+
+def signature(node: Definition) -> str:
     """The call as it stands in the source, a parameter per line where it is long."""
-    short = name.rpartition(".")[2] if "(" not in name else member.__name__
-    if inspect.isclass(member) and issubclass(member, Exception):
-        return short
-    found = inspect.signature(member)
-    made = []
-    star = False
-    for parameter in found.parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY and not star:
-            made.append("*")
-        star = star or parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL)
-        made.append(_parameter(parameter))
-    result = found.return_annotation
-    end = ")" if result is found.empty or inspect.isclass(member) else f") -> {_type(result)}"
-    line = f"{short}({', '.join(made)}{end}"
-    if len(line) <= 100:
+    parts, end = _parameters(node), ")"
+    if isinstance(node, ast.FunctionDef):
+        if any(ast.unparse(decorator) == "property" for decorator in node.decorator_list):
+            assert node.returns is not None
+            return f"{node.name}: {ast.unparse(node.returns)}"
+        if node.returns is not None:
+            end = f") -> {ast.unparse(node.returns)}"
+    elif not parts:
+        return node.name
+    line = f"{node.name}({', '.join(parts)}{end}"
+    if len(line) <= _WIDTH:
         return line
-    return "\n".join([f"{short}(", *(f"    {part}," for part in made), end])
+    return "\n".join([f"{node.name}(", *(f"    {part}," for part in parts), end])
 
 
-def _parameter(parameter: inspect.Parameter) -> str:
-    stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
-    words = stars.get(parameter.kind, "") + parameter.name
-    if parameter.annotation is not parameter.empty:
-        words += f": {_type(parameter.annotation)}"
-    if parameter.default is parameter.empty:
-        return words
-    default = parameter.default
-    # Defaults that would print differently from run to run, or per version.
-    value = repr(default) if isinstance(default, int | float | str | tuple | None) else "..."
-    return f"{words} = {value}" if ":" in words else f"{words}={value}"
+def _parameters(node: Definition) -> list[str]:
+    if isinstance(node, ast.FunctionDef):
+        return [part for part in _arguments(node.args) if part not in ("self", "cls")]
+    for part in node.body:
+        if isinstance(part, ast.FunctionDef) and part.name == "__init__":
+            return _parameters(part)
+    fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
+    return [ast.unparse(field) for field in fields] if _is_dataclass(node) else []
 
 
-def _type(annotation: Any) -> str:
-    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+def _is_dataclass(node: ast.ClassDef) -> bool:
+    return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def _arguments(args: ast.arguments) -> Iterator[str]:
+    positional = [*args.posonlyargs, *args.args]
+    missing = len(positional) - len(args.defaults)
+    for arg, default in zip(positional, [None] * missing + list(args.defaults), strict=True):
+        yield _argument(arg, default)
+    if args.vararg is not None:
+        yield f"*{ast.unparse(args.vararg)}"
+    elif args.kwonlyargs:
+        yield "*"
+    for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True):
+        yield _argument(arg, default)
+    if args.kwarg is not None:
+        yield f"**{ast.unparse(args.kwarg)}"
+
+
+def _argument(arg: ast.arg, default: ast.expr | None) -> str:
+    if default is None:
+        return ast.unparse(arg)
+    equals = " = " if arg.annotation is not None else "="
+    return f"{ast.unparse(arg)}{equals}{ast.unparse(default)}"
 
 
 def markdown(doc: str) -> Iterator[str]:
     """Lines of a Google docstring in Markdown: sections in bold, their entries as lists."""
     section = ""
     for line in doc.splitlines():
-        title = line.strip().rstrip(":")
-        if line.strip().endswith(":") and title in _SECTIONS and not line.startswith(" "):
+        title = line.rstrip(":")
+        if line.endswith(":") and title in _SECTIONS:
             section = title
             yield f"**{title}**\n"
             continue
@@ -140,7 +193,7 @@ def markdown(doc: str) -> Iterator[str]:
 
 
 def _escaped(line: str) -> str:
-    """Stars and underscores outside of code as they are."""
+    """Stars and the like outside of code as they are."""
     parts = line.split("`")
     parts[::2] = [re.sub(r"([*_<|])", r"\\\1", part) for part in parts[::2]]
     return "`".join(parts)
