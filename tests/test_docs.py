@@ -135,7 +135,7 @@ def prepare(folder: Path) -> None:
     (folder / "model").rename(folder / "model-gptq")
     save_tokenizer(folder / "model-gptq")
     lines = (ROOT / "torch_slmops" / "processes.py").read_text("utf-8").splitlines()
-    (folder / "my_texts.txt").write_text("\n".join(lines[:60]), "utf-8")
+    (folder / "my_texts.txt").write_text("\n".join(lines[:24]), "utf-8")
     torch.manual_seed(0)
 
 
