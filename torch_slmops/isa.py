@@ -7,6 +7,9 @@ of the process, `set_isa` at any time.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
 
 try:
@@ -111,5 +114,29 @@ def _use_cpuinfo() -> None:
         torch.ops.slmops._set_features(", ".join(found))
 
 
+def _check_environment() -> None:
+    """Makes a wrong SLMOPS_ISA an error of the import, not of the first op.
+
+    The command line imports this package before any code of its own runs: there it is one line.
+    """
+    try:
+        isa()
+    except RuntimeError as error:
+        if not _is_command_line():
+            raise
+        from torch_slmops.cli.screen import USAGE, Screen
+
+        Screen("--json" in sys.argv).error(str(error).splitlines()[0])
+        raise SystemExit(USAGE) from None
+
+
+def _is_command_line() -> bool:
+    """Whether this process is `torch-slmops` or `python -m torch_slmops`."""
+    module = sys.argv[:1] == ["-m"] and ["-m", "torch_slmops"] in (
+        sys.orig_argv[i : i + 2] for i in range(len(sys.orig_argv))
+    )
+    return module or Path(sys.argv[0] if sys.argv else "").name == "torch-slmops"
+
+
 _use_cpuinfo()
-isa()  # A wrong SLMOPS_ISA is an error of the import, not of the first op.
+_check_environment()

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,14 +17,19 @@ from typing import Any, TypeVar
 from torch_slmops.cli.screen import USAGE, Screen, UserError
 
 __all__ = [
+    "METHODS",
     "Loaded",
     "add_model_options",
     "load",
     "load_float",
     "locate",
     "prepare_transformers",
+    "read_texts",
     "require_transformers",
 ]
+
+# Of checkpoints whose codes from_checkpoint takes over.
+METHODS = ("gptq", "awq", "compressed-tensors", "bitsandbytes")
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -96,11 +101,24 @@ def require_transformers() -> None:
         raise UserError("this command needs transformers: pip install 'torch_slmops[hf]'")
 
 
-def load(args: argparse.Namespace, screen: Screen, *, wants_tokenizer: bool = True) -> Loaded:
+def load(
+    args: argparse.Namespace,
+    screen: Screen,
+    *,
+    wants_tokenizer: bool = True,
+    budget: Mapping[str, Any] | None = None,
+) -> Loaded:
     """Loads the model of the command line, and optimizes it if it is not packed yet.
 
-    A float checkpoint of safetensors is packed while it is read, layer by layer, unless it is to be
-    calibrated.
+    A float checkpoint of safetensors is packed while it is read, layer by layer, unless codes are
+    chosen on text. Codes of another tool are taken over, of a .gguf file unless codes are chosen on
+    text: then it is read as floats first.
+
+    Args:
+        args: The options of `add_model_options`.
+        screen: For remarks.
+        wants_tokenizer: Whether the command needs a tokenizer.
+        budget: `max_kl` and what belongs to it, for `optimize`.
 
     Raises:
         UserError: There is no such model, it cannot be read, or an option does not suit it.
@@ -108,23 +126,30 @@ def load(args: argparse.Namespace, screen: Screen, *, wants_tokenizer: bool = Tr
     from torch_slmops.modules import PackedModule
 
     source = locate(args.model)
-    texts = _texts(args.calibration)
+    texts = None if args.calibration is None else read_texts("--calibration", args.calibration)
     prepare_transformers()
     options = _quantization(args)
     start = time.perf_counter()
     config = _guarded(source, lambda: _load_config(source))
-    marked = getattr(config, "quantization_config", None) is not None
-    streamed = options if texts is None and source.gguf is None and not marked else None
-    model = _guarded(source, lambda: _load_model(source, config, args.dtype, streamed)).eval()
+    method = _method(config)
+    on_text = texts is not None or budget is not None
+    streamed = options if not on_text and source.gguf is None and method is None else None
+    foreign = method in METHODS or (source.gguf is not None and not on_text)
+    if foreign and options is not None:
+        _refuse_choice(source, on_text)
+        taken = options | {"progress": sys.stderr.isatty()}
+        model = _guarded(source, lambda: _load_foreign(source, args.dtype, taken))
+    else:
+        model = _guarded(source, lambda: _load_model(source, config, args.dtype, streamed)).eval()
     tokenizer = None
-    if wants_tokenizer or texts is not None:
+    if wants_tokenizer or on_text:
         tokenizer = _guarded(source, lambda: _load_tokenizer(source))
     packed = any(isinstance(module, PackedModule) for module in model.modules())
-    if packed and streamed is None:
+    was_packed = packed and streamed is None and not foreign
+    if was_packed:
         screen.note(f"{args.model} is packed already")
     elif not packed and options is not None:
-        _optimize(model, options, texts, tokenizer)
-    was_packed = packed and streamed is None
+        _optimize(model, options | dict(budget or {}), texts, tokenizer)
     return Loaded(source, model, tokenizer, was_packed, time.perf_counter() - start)
 
 
@@ -155,13 +180,38 @@ def locate(name: str) -> Source:
     return Source(name, name)
 
 
-def _texts(files: list[Path] | None) -> list[str] | None:
-    if files is None:
-        return None
+def read_texts(option: str, files: list[Path]) -> list[str]:
+    """The texts of an option's files; a UserError where one cannot be read."""
     try:
         return [file.read_text(encoding="utf-8") for file in files]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--calibration: expected text files in UTF-8: {error}") from error
+        raise UserError(f"{option}: expected text files in UTF-8: {error}") from error
+
+
+def _method(config: Any) -> str | None:
+    """The `quant_method` of a model's config; None where it is not quantized."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    settings = found if isinstance(found, Mapping) else found.to_dict()
+    return str(settings.get("quant_method", "")).lower()
+
+
+def _refuse_choice(source: Source, on_text: bool) -> None:
+    if on_text:
+        raise UserError(
+            f"{source.name}: --calibration and --max-kl choose codes, and this checkpoint has "
+            "codes already",
+            USAGE,
+        )
+
+
+def _load_foreign(source: Source, dtype: str, options: dict[str, Any]) -> Any:
+    """A packed model with the codes of another tool."""
+    from torch_slmops import from_checkpoint
+
+    path = source.folder if source.gguf is None else Path(source.folder) / source.gguf
+    return from_checkpoint(path, dtype=dtype, **options)
 
 
 def prepare_transformers() -> None:
@@ -274,7 +324,7 @@ def _optimize(model: Any, options: dict[str, Any], texts: list[str] | None, toke
             model,
             **options,
             calibration=texts,
-            tokenizer=None if texts is None else tokenizer,
+            tokenizer=tokenizer,
             progress=sys.stderr.isatty(),
         )
     except (ValueError, TypeError) as error:
