@@ -80,7 +80,7 @@ _RUN = [block for block in _BLOCKS if block.reason is None]
 
 def pages() -> list[Any]:
     names = dict.fromkeys(block.page for block in _RUN)
-    slow = pytest.mark.full
+    slow = (pytest.mark.full, pytest.mark.filterwarnings("ignore"))  # torch's, while it compiles
     return [pytest.param(name, marks=slow if name in _SLOW else ()) for name in names]
 
 
