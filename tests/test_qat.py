@@ -132,7 +132,7 @@ def test_gradient_goes_straight_through(quantizer: nn.Module) -> None:
 
 def test_a_forward_in_training_predicts_what_the_optimized_model_does() -> None:
     original = quickstart.load_model()
-    student = prepared(copy.deepcopy(original))
+    student = prepared(copy.deepcopy(original)).eval()
     groups = {
         (m.in_features, m.activation_fake_quantizer.act_group)
         for m in student.modules()
