@@ -50,7 +50,8 @@ def chapters() -> dict[str, dict[str, str]]:
         },
         "Model families": {"torch_slmops.register_family": "families"}
         | {f"torch_slmops.families.{name}": "families" for name in rows},
-        "torchao": {"torch_slmops.torchao.SlmopsWeightOnlyConfig": "torchao"},
+        "torchao and training": {"torch_slmops.torchao.SlmopsWeightOnlyConfig": "torchao"}
+        | {f"torch_slmops.qat.{name}": "qat" for name in _all("torch_slmops/qat.py")},
         "Ops": {f"torch_slmops.ops.{name}": parts[name] for name in ops},
     }
 
