@@ -121,9 +121,9 @@ def main(argv: list[str] | None = None) -> list[Row]:
     rows = []
     for name, original in (("teacher", teacher), ("student", student)):
         for kind in ("float32", "int8", "int4"):
-            model = original
+            model = copy.deepcopy(original)
             if kind != "float32":
-                model = torch_slmops.optimize(copy.deepcopy(original), weights=kind, progress=False)
+                torch_slmops.optimize(model, weights=kind, progress=False)
             _, speed = complete(model, tokenizer, args.new_tokens)
             found = torch_slmops.evaluate(
                 model, teacher, texts=held_out, layers=False, progress=False
