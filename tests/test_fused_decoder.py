@@ -88,6 +88,15 @@ def test_padding_batch_and_prefill_change_nothing(family: str) -> None:
     assert_same_bits(together[1:].contiguous(), logits(model, ids[1:], use_cache=False))
 
 
+def test_a_mask_for_all_queries() -> None:
+    model, ids = optimize(small("llama")), tokens(2, 5)
+    mask = torch.rand(2, 1, 1, 5) < 0.7
+    mask[..., 0] = True
+    got = logits(model, ids, attention_mask=mask, use_cache=False)
+    whole = mask.expand(-1, -1, 5, -1).contiguous()
+    assert_same_bits(got, logits(model, ids, attention_mask=whole, use_cache=False))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_layers_that_are_alike_run_at_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(monkeypatch)

@@ -189,6 +189,8 @@ class FusedDecoderLayer(Fused):
             return None
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
             return None
+        if mask is not None and mask.shape[2] != x.shape[1]:  # for all queries
+            return None
         if ids is not None and not (isinstance(ids, Tensor) and ids.dim() == 2):
             return None
         wide = (None, None)
