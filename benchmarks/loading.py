@@ -111,7 +111,7 @@ def run(shape: ModelShape, output: Path, *, threads: int) -> None:
     table = Table(title=f"loading {shape.name}, {threads} threads")
     for column in ("", "ready s", "packed MB", "resident MB", "anonymous MB", "decode tok/s"):
         table.add_column(column, justify="right")
-    for way in WAYS * 2:
+    for way in WAYS * 3:
         record = measure(folder, way, threads)
         sizes = (record[name] / 1e6 for name in ("packed", "resident", "anonymous"))
         cells = [f"{size:.0f}" for size in sizes]

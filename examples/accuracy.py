@@ -4,8 +4,8 @@
 
 Prints the table of docs/accuracy.md: for each set of `optimize` options the share of held-out
 tokens for which the quantized model puts the same token first as the float32 one, the mean
-divergence from it, each with its standard error over the windows, and the loss. Attention and
-norms are torch's, whose bits differ between CPUs, so on another one the last digits may differ.
+divergence from it, each with its standard error over the windows, and the loss. The float32 model
+is torch's, whose bits differ between CPUs, so on another one the last digits may differ.
 """
 
 from __future__ import annotations

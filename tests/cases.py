@@ -24,7 +24,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Format:
-    """What a packed weight can be; `zero` is "none", "int16" or "float"."""
+    """What a packed weight can be; `zero` is "none", "int16", "float" or "offset"."""
 
     bits: int
     group: int  # 16 means sub16
@@ -44,6 +44,16 @@ class Format:
         return self.group == 16
 
     @property
+    def floating_zero(self) -> bool:
+        """Whether the sum of codes is multiplied apart."""
+        return self.zero in ("float", "offset")
+
+    @property
+    def options(self) -> tuple[int, int, int, str, bool]:
+        """What `pack` takes after the parts."""
+        return self.bits, self.group, self.act_group, self.activations, self.zero == "offset"
+
+    @property
     def top(self) -> int:
         """The largest code."""
         return (1 << self.bits) - 1
@@ -56,17 +66,22 @@ FORMATS = [
     Format(4, 64, 32, "int16", scale=BF16),
     Format(4, 128, 64, "float"),
     Format(4, 32, 128, "float", scale=BF16),
+    Format(4, 32, 128, "offset"),
+    Format(4, 128, 64, "offset", scale=BF16),
     Format(4, 32, 128, "int16"),
     Format(4, -1, -1, "int16"),
     Format(4, -1, 32),
     *(Format(8, 32, act) for act in (32, 128, -1)),
     Format(8, 128, 64, "int16"),
     Format(8, 64, 128, "float"),
+    Format(8, 32, 32, "offset"),
     Format(8, 96, 32, "float", scale=BF16),
     Format(8, -1, -1, "int16", scale=BF16),
     *(Format(4, group, 128, "none", "float") for group in (16, 32)),
     Format(4, 64, 32, "int16", "float"),
     Format(4, 32, 64, "float", "float", BF16),
+    Format(4, 32, 64, "offset", "float"),
+    Format(8, 64, 32, "offset", "float", BF16),
     Format(8, 32, 32, "none", "float", BF16),
     Format(8, -1, -1, "float", "float"),
 ]
@@ -110,6 +125,8 @@ def random_parts(
     zero = None
     if fmt.zero == "int16":
         zero = integers(fmt.top, *shape).to(torch.int16)
+    elif fmt.zero == "offset":
+        zero = torch.randn(*shape, generator=source).to(fmt.scale)
     elif fmt.zero == "float":
         zero = (torch.rand(*shape, generator=source) * fmt.top).to(fmt.scale)
     return codes.to(torch.uint8), scale, zero, None
@@ -119,7 +136,7 @@ def random_parts(
 def random_packed(fmt: Format, n: int, k: int, seed: int = 0, scales: str = "normal") -> Tensor:
     """A packed weight of `random_parts`, packed by the reference."""
     parts = random_parts(fmt, n, k, seed, scales)
-    return reference.pack(*parts, fmt.bits, fmt.group, fmt.act_group, fmt.activations)
+    return reference.pack(*parts, *fmt.options)
 
 
 VALUES = ("normal", "outliers", "tiny", "denormal", "huge", "zeros", "special", "patterns")

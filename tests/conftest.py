@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,3 +45,30 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], threads: None) -> Iterator[Any]:
+    """The command line, on one thread; the row and number of threads are put back."""
+    from cli_models import CommandLine
+
+    before = torch_slmops.isa()
+    torch.set_num_threads(1)
+    yield CommandLine(capsys)
+    torch_slmops.set_isa(before)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small llama, a tokenizer and a chat template."""
+    from cli_models import save_model
+
+    return save_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small BERT and a tokenizer."""
+    from cli_models import save_model
+
+    return save_model(tmp_path_factory.mktemp("bert"), "bert", template=None)

@@ -33,9 +33,7 @@ def random_gate_up(fmt: Format, hidden: int, k: int, seed: int) -> Tensor:
     scale[pads] = 0
     if zero is not None:
         zero[pads] = 0
-    return reference.pack(
-        codes, scale, zero, sub, fmt.bits, fmt.group, fmt.act_group, fmt.activations
-    )
+    return reference.pack(codes, scale, zero, sub, *fmt.options)
 
 
 def qkv_rotary(

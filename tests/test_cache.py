@@ -127,6 +127,40 @@ def test_gradients_go_through(sliding: bool) -> None:
     assert all(part.grad is not None and part.grad.abs().sum() > 0 for part in parts)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_keys_in_blocks(seed: int) -> None:
+    """As the op fills them, then as other code reads and changes them."""
+    dice = random.Random(seed)
+    torch.manual_seed(seed)
+    theirs, ours = layers.DynamicLayer(), adopt(layers.DynamicLayer())
+    pair, batch = (theirs, ours), 2
+    for _ in range(15):
+        k, v = torch.randn(2, batch, 3, dice.randint(1, 20), 4)
+        keys, values, start = ours.reserve(k, v, blocked=True)
+        theirs.update(k, v)
+        if keys.dim() == 5:
+            for i in range(k.shape[2]):
+                keys[:, :, (start + i) // 16, :, (start + i) % 16] = k[:, :, i]
+        else:
+            keys[:, :, start : start + k.shape[2]] = k
+        values[:, :, start : start + k.shape[2]] = v
+        ours.advance(k.shape[2])
+        action = dice.choice(["read", "reorder", "crop", "crop", "copy", "update", "select"])
+        if action == "reorder":
+            both(pair, "reorder_cache", torch.randint(0, batch, (batch,)))
+        elif action == "crop":
+            both(pair, "crop", -dice.randint(0, theirs.get_seq_length() - 1))
+        elif action == "copy":
+            ours = copy.deepcopy(ours)
+            pair = (theirs, ours)
+        elif action == "update" and seed % 2:
+            assert_alike(both(pair, "update", k, v), "update")
+        elif action == "select" and seed % 3 == 0:
+            both(pair, "batch_select_indices", torch.tensor([1, 0]))
+        assert theirs.get_seq_length() == ours.get_seq_length()
+        assert_alike([(theirs.keys, theirs.values), (ours.keys, ours.values)], action)
+
+
 def test_generate_uses_growing_layers() -> None:
     model = optimize(small("gemma3"))
     found = model.generate(tokens(1, 5), max_new_tokens=3, return_dict_in_generate=True)

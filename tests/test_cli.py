@@ -3,56 +3,32 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import small_models
 import torch
-from cli_models import CommandLine, save_model
+from bits import assert_same_bits
+from cli_models import CommandLine
 from test_bench import SMALL_LINEARS, SMALL_MODELS
 
 import torch_slmops
-from torch_slmops.cli import bench, info
-from torch_slmops.cli.main import COMMANDS, main
-from torch_slmops.cli.screen import FAILED, USAGE, UserError
+from torch_slmops.cli import bench, info, models
+from torch_slmops.cli.main import COMMANDS, _parser, main
+from torch_slmops.cli.screen import FAILED, USAGE, Screen, UserError
 from torch_slmops.selfcheck import expected
 
 transformers = pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[1]
 isa_module = import_module("torch_slmops.isa")  # the name in the package is a function
-
-
-@pytest.fixture(autouse=True)
-def same_machine(threads: None) -> Iterator[None]:
-    """The row and number of threads that were in use before."""
-    before = torch_slmops.isa()
-    torch.set_num_threads(1)
-    yield
-    torch_slmops.set_isa(before)
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("bert"), "bert", template=None)
 
 
 def test_module_and_script_are_the_same() -> None:
@@ -234,100 +210,72 @@ def test_report(cli: CommandLine, llama: Path) -> None:
     assert "multiple of 32, got 5" in err
 
 
-def expected_text(folder: Path, ids: torch.Tensor, count: int) -> str:
-    """What the optimized model makes of the tokens, by transformers alone."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    torch_slmops.optimize(model, progress=False)
-    tokens = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    text: str = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
-    return text
-
-
-def test_generate(cli: CommandLine, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
-    raw = tokenizer("w1 w2 w3", return_tensors="pt")["input_ids"]
-    arguments = ("generate", llama, "w1 w2 w3", "--max-new-tokens", 7)
-    code, out, err = cli.run(*arguments, "--raw")
-    assert code == 0
-    assert out.strip() == expected_text(llama, raw, 7).strip()
-    assert re.search(r"3 prompt tokens at \d+ tokens/s, \d new tokens at [\d.]+ tokens/s", err)
-
-    chat = tokenizer("<system> w9 <user> w1 w2 w3 <assistant>", return_tensors="pt")["input_ids"]
-    found = cli.json(*arguments, "--system", "w9")
-    assert found["text"].strip() == expected_text(llama, chat, 7).strip()
-    assert found["prompt_tokens"] == 7 and found["new_tokens"] <= 7
-    assert found["tokens_per_second"] > 0
-
-    monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2 w3"))
+def test_quantize_and_load(cli: CommandLine, llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "packed"
+    found = cli.json("quantize", llama, out, "--weights", "int8")
+    assert found["bytes_after"] < found["bytes_before"]
+    assert set(found["files"]) == {file.name for file in out.iterdir()}
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(found["files"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
+    torch_slmops.optimize(model, weights="int8", progress=False)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
+    ids = small_models.tokens(2, 9)
+    assert_same_bits(small_models.logits(loaded, ids), small_models.logits(model, ids))
+    # Its folder is a MODEL like any other; options of quantization have no use there.
     assert (
-        cli.json("generate", llama, "-", "--max-new-tokens", 7, "--system", "w9")["text"]
-        == (found["text"])
+        cli.json("report", out)["packed"]
+        == cli.json("report", llama, "--weights", "int8")["packed"]
     )
-    sampled = [
-        cli.json(*arguments, "--temperature", 2, "--top-k", 50, "--seed", seed)["text"]
-        for seed in (1, 1, 2)
-    ]
-    assert sampled[0] == sampled[1] != sampled[2]
-
-
-def test_generate_refuses_what_cannot(cli: CommandLine, llama: Path, bert: Path) -> None:
-    code, _, err = cli.run("generate", bert, "w1")
+    text = cli.json("generate", out, "w1 w2", "--max-new-tokens", 6)["text"]
+    want = cli.json("generate", llama, "w1 w2", "--max-new-tokens", 6, "--weights", "int8")["text"]
+    assert text == want
+    code, _, err = cli.run("quantize", out, tmp_path / "again")
     assert code == FAILED
-    assert "BertForMaskedLM does not generate text" in err
-    code, _, err = cli.run("generate", llama, "w1", "--raw", "--system", "w2")
-    assert code == USAGE
-    assert "no chat template" in err
-
-
-def chat_replies(
-    cli: CommandLine, monkeypatch: pytest.MonkeyPatch, folder: Path, lines: str
-) -> list[Any]:
-    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    code, out, _ = cli.run("chat", folder, "--max-new-tokens", 5, "--json")
-    assert code == 0
-    return [json.loads(line) for line in out.splitlines()]
-
-
-def test_chat(cli: CommandLine, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second, again = chat_replies(
-        cli, monkeypatch, llama, "w1 w2\n\nw3 w4\n/help\n/reset\nw1 w2\n/exit\nw5\n"
-    )
-    assert first["prompt_tokens"] == 4 and first["cached_tokens"] == 0
-    assert second["cached_tokens"] == first["prompt_tokens"] + first["new_tokens"] - 1
-    assert (again["text"], again["cached_tokens"]) == (first["text"], 0)
-    # The same as without a cache: one prompt with the whole conversation.
-    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
-    whole = f"<user> w1 w2 <assistant> {first['text']} <eos> <user> w3 w4 <assistant>"
-    ids = tokenizer(whole, return_tensors="pt")["input_ids"]
-    assert second["prompt_tokens"] == ids.shape[1]
-    assert second["text"].strip() == expected_text(llama, ids, 5).strip()
-
-
-def test_chat_needs_a_template(cli: CommandLine, tmp_path: Path) -> None:
-    code, _, err = cli.run("chat", save_model(tmp_path, template=None))
+    assert "is packed already" in err.splitlines()[-1]
+    code, _, err = cli.run("quantize", llama, out)
     assert code == FAILED
-    assert "has no chat template; try the command generate" in err
+    assert "the folder has files; --force" in err
+    assert cli.run("quantize", llama, out, "--force")[0] == 0
+    assert cli.json("report", out)["packed"][0]["now"].startswith("int8")  # the embedding
+    assert any(row["now"].startswith("int4") for row in cli.json("report", out)["packed"])
 
 
-def test_an_interrupted_reply_is_forgotten(
-    cli: CommandLine, llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from torch_slmops.cli import replies
+def test_quantize_with_calibration(cli: CommandLine, llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i * i % 120}" for i in range(400)))
+    cli.json("quantize", llama, tmp_path / "packed", "--calibration", text)
+    found = cli.json("report", tmp_path / "packed")
+    assert any(row["now"].endswith(", calibrated") for row in found["packed"])
 
-    reply, calls = replies.reply, []
 
-    def interrupted(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return reply(*arguments)
+def test_packing_on_the_way_gives_what_optimize_gives(llama: Path, bert: Path) -> None:
+    for folder, left in ((llama, "*.down_proj"), (bert, "*.decoder")):
+        args = _parser().parse_args(["report", str(folder), "--exclude", left])
+        loaded = models.load(args, Screen(as_json=True))
+        model = models.load_float(str(folder), "auto")
+        torch_slmops.optimize(model, exclude=[left], progress=False)
+        assert torch_slmops.report(loaded.model) == torch_slmops.report(model)
+        ids = small_models.tokens(1, 8)
+        got, want = (small_models.logits(m, ids) for m in (loaded.model, model))
+        assert_same_bits(got, want)
 
-    monkeypatch.setattr(replies, "reply", interrupted)
-    first, third = chat_replies(cli, monkeypatch, llama, "w1\nw2\nw3\n")
-    assert third["prompt_tokens"] == first["prompt_tokens"] + first["new_tokens"] + 4
+
+def test_evaluate(cli: CommandLine, llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i * i % 120}" for i in range(400)))
+    options = ("--texts", text, "--window", 64, "--worst", 2)
+    found = cli.json("evaluate", llama, *options)
+    assert found["tokens"] == 400 and found["kl_mean"]["value"] > 0 and len(found["worst"]) == 2
+    cli.json("quantize", llama, tmp_path / "packed")
+    assert cli.json("evaluate", tmp_path / "packed", *options)["kl_mean"] is None
+    again = cli.json("evaluate", tmp_path / "packed", *options, "--reference", llama)
+    assert again["kl_mean"] == found["kl_mean"]
+    code, out, _ = cli.run("evaluate", llama, *options)
+    assert code == 0 and "KL, mean" in out
+    code, _, err = cli.run("evaluate", llama, "--texts", tmp_path / "absent.txt")
+    assert code == FAILED and "absent.txt" in err
+    code, _, err = cli.run("evaluate", llama, "--worst", "-1")
+    assert code == FAILED and "expected worst >= 0" in err
 
 
 def test_serve_says_what_it_needs(

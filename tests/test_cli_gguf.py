@@ -18,8 +18,12 @@ WIDTH, HIDDEN, HEADS, KV_HEADS, LAYERS = 96, 160, 6, 2, 2
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A llama of random weights as the format's own writer makes it."""
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return save_file(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def save_file(path: Path) -> Path:
+    """A llama of random weights in Q8_0, with a tokenizer, as the format's own writer makes it."""
+    kind = gguf.GGMLQuantizationType.Q8_0
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
     writer.add_embedding_length(WIDTH)
@@ -38,8 +42,11 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_eos_token_id(2)
     source = np.random.default_rng(0)
     for name, shape in shapes().items():
-        values = source.standard_normal(shape) * 0.1 if len(shape) == 2 else np.ones(shape)
-        writer.add_tensor(name, values.astype(np.float32))
+        if len(shape) == 1:
+            writer.add_tensor(name, np.ones(shape, np.float32))
+            continue
+        values = source.standard_normal(shape).astype(np.float32) * np.float32(0.1)
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -38,6 +38,7 @@ class Layers:
     length: int = 3
     start: int = 0
     slots: int = 24  # of the cache; 0: none
+    blocked: bool = False  # its keys, with slots rounded up
     heads: tuple[int, int, int] = (4, 2, 2)
     d: int = 16
     k: int = 96
@@ -64,7 +65,9 @@ class Layers:
 
         weights = [part for i in range(len(self.formats)) for part in self._weights(i, dtype)]
         shape = (batch, self.heads[1], self.slots, d)
-        count = 2 * len(self.formats) if self.slots else 0
+        blocks = (*shape[:2], -(-self.slots // 16), d, 16)
+        pair = (blocks if self.blocked else shape, shape)
+        layers = len(self.formats) if self.slots else 0
         cos, sin = floats(2, 1, length, d) if self.rotary else (None, None)
         keys = self.slots or length
         mask: Tensor | None = None
@@ -76,7 +79,7 @@ class Layers:
         return {
             "x": random_values(self.values, (batch, length, self.k), 1).to(dtype),
             "weights": weights,
-            "cache": [floats(*shape).to(dtype) for _ in range(count)],
+            "cache": [floats(*one).to(dtype) for _ in range(layers) for one in pair],
             "start": torch.tensor(self.start),
             "cos": cos,
             "sin": sin,
@@ -137,6 +140,15 @@ CASES = [
     Layers(rotary=False, multiplier=-1.5, values="special"),
     Layers(rotary=False, values="denormal"),
     Layers((SUB16, SUB16), heads=(2, 2, 2), d=40, k=64, hidden=1),
+    *(
+        Layers((SUB16, INT8), 1 + masked, length, start, 620, True, mask="bool" * masked, d=24)
+        for length, start in ((1, 0), (40, 0), (1, 5), (4, 30), (1, 600), (20, 590))
+        for masked in (False, True)
+    ),
+    *(
+        Layers((SUB16,), length=length, start=start, slots=340, blocked=True, positions=True)
+        for length, start in ((1, 13), (1, 300), (33, 290))
+    ),
     Layers(batch=0),
     Layers(length=0, start=3),
 ]
@@ -242,6 +254,11 @@ WRONG = {
     "hidden": ({"hidden": 71}, "down to be 96 x 71"),
     "activation": ({"activation": "tanh"}, "activation"),
     "mask": ({"mask": torch.ones(2, 1, 3, 2, dtype=torch.bool)}, "mask of shape"),
+    "short blocks": (
+        {"cache": [torch.zeros(2, 2, 0, 16, 16), torch.zeros(2, 2, 24, 16)]},
+        "blocks",
+    ),
+    "blocks of values": ({"cache": [torch.zeros(2, 2, 2, 16, 16)] * 2}, "values"),
     "positions": ({"position_ids": torch.zeros(2, 4, dtype=torch.long)}, "position_ids of shape"),
     "scale": ({"scale": float("nan")}, "finite"),
     "softcap": ({"softcap": -1.0}, "softcap"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import torch_slmops
-from torch_slmops.isa import features, isa, isas, set_isa
+from torch_slmops.isa import HOW_TESTED, _describe, describe, features, isa, isas, set_isa
 
 AVX2 = ["avx2", "fma3", "f16c"]
 AVX_VNNI = [*AVX2, "avx_vnni"]
@@ -136,6 +136,28 @@ def test_set_isa_refuses_unknown_names(name: str) -> None:
 def test_new_features_forget_the_row() -> None:
     torch.ops.slmops._set_features("")
     assert (isa(), isas(), features()) == ("scalar", ["scalar"], [])
+
+
+def test_description_names_the_row_and_how_it_was_tested() -> None:
+    for row in isas():
+        set_isa(row)
+        best = row == isas()[0]
+        assert describe().startswith(f"Row {row}, the best" if best else f"Row {row}, as asked for")
+        assert describe().endswith(f"Tested on: {HOW_TESTED[row]}.")
+    assert set(torch.ops.slmops._isa_rows().split(", ")) <= set(HOW_TESTED)
+
+
+def test_description_of_a_cpu_without_avx2() -> None:
+    missing = {"avx512_vnni": AVX512_VNNI, "avx2": ["avx2", "fma3"], "scalar": []}
+    text = _describe("scalar", missing, ["f16c", "avx"])
+    assert text.startswith("This CPU lacks avx2, fma3 and runs no vector row: scalar is used")
+
+
+def test_description_of_tiles_that_the_kernel_forbids() -> None:
+    missing = {"amx": ["amx_tile", "amx_int8"], "avx512_vnni": [], "avx2": [], "scalar": []}
+    text = _describe("avx512_vnni", missing, AMX)
+    assert "It has AMX, but the operating system does not let" in text
+    assert "AMX" not in _describe("avx512_vnni", missing, AVX512_VNNI)
 
 
 def in_new_process(isa_variable: str | None) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from bits import assert_same_bits
 from small_models import CACHE, logits, small, tokens, transformers
 from torch import Tensor, nn
 
-from torch_slmops import fused_decoder, ops, optimize
+from torch_slmops import fused_decoder, ops, optimize, report
 from torch_slmops.fused_decoder import FusedDecoderLayer
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma3", "granite", "olmo2")
@@ -88,6 +88,15 @@ def test_padding_batch_and_prefill_change_nothing(family: str) -> None:
     assert_same_bits(together[1:].contiguous(), logits(model, ids[1:], use_cache=False))
 
 
+def test_a_mask_for_all_queries() -> None:
+    model, ids = optimize(small("llama")), tokens(2, 5)
+    mask = torch.rand(2, 1, 1, 5) < 0.7
+    mask[..., 0] = True
+    got = logits(model, ids, attention_mask=mask, use_cache=False)
+    whole = mask.expand(-1, -1, 5, -1).contiguous()
+    assert_same_bits(got, logits(model, ids, attention_mask=whole, use_cache=False))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_layers_that_are_alike_run_at_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(monkeypatch)
@@ -153,6 +162,19 @@ def test_a_subclass_that_looks_at_every_layer() -> None:
     model = optimize(Steered(small("llama").config).eval())
     assert len(layers_of(model)) == 2
     assert all(layer.slmops_run is None for layer in layers_of(model))
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_whole_models_are_bit_portable(family: str) -> None:
+    found = report(optimize(small(family)))
+    if family == "gemma3":  # a scaled embedding, and a softcap of the logits by torch's tanh
+        others = ["Gemma3ForCausalLM", "Gemma3TextModel", "Gemma3TextScaledWordEmbedding"]
+        assert [name for name, _ in found.not_portable] == others
+    else:
+        assert found.bit_portable
+    other = optimize(small(family))
+    other.set_attn_implementation("sdpa")
+    assert not report(other).bit_portable
 
 
 @pytest.mark.parametrize("way", ["sdpa", "eager"])

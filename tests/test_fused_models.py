@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bits import assert_same_bits
-from small_models import by_reference, logits, record, small, tokens, transformers
+from small_models import by_reference, dequantized, logits, record, small, tokens, transformers
 from torch import Tensor
 
 from torch_slmops import optimize, report
@@ -66,12 +66,23 @@ class TestFallback:
         assert float((got - want).abs().max()) < (LOGITS_BOUND if dtype.itemsize == 4 else 1)
         assert float((dropped - want).abs().max()) > 2
 
-    def test_gradients_are_refused_by_a_clear_error(self) -> None:
-        for family in ("llama", "qwen3_moe", "bert"):
-            model = optimize(small(family))
-            embeds = torch.randn(1, 3, 96, requires_grad=True)
-            with pytest.raises(RuntimeError, match="no_grad"):
-                model(inputs_embeds=embeds)
+    @pytest.mark.parametrize("family", ["llama", "bert", "phi3"])
+    def test_gradients_go_through_packed_layers(self, family: str) -> None:
+        original = small(family)
+        model = optimize(small(family), activations="float", lm_head=None)
+        embeds = torch.randn(1, 3, 96)
+        grads = []
+        for one in (model, dequantized(original, model)):
+            x = embeds.clone().requires_grad_(True)
+            one(inputs_embeds=x).logits.square().mean().backward()
+            assert x.grad is not None
+            grads.append(x.grad)
+        assert torch.allclose(grads[0], grads[1], atol=1e-4 * float(grads[1].abs().max()))
+
+    def test_gradients_through_experts_are_refused_by_a_clear_error(self) -> None:
+        model = optimize(small("qwen3_moe"))
+        with pytest.raises(RuntimeError, match="no_grad"):
+            model(inputs_embeds=torch.randn(1, 3, 96, requires_grad=True))
 
     def test_norm_gives_gradients(self) -> None:
         norm, x = optimize(small("llama")).model.norm, torch.randn(2, 96, requires_grad=True)

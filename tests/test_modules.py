@@ -99,14 +99,30 @@ class TestModules:
             for op in ("slmops::linear", "slmops::embedding"):
                 assert torch._C._dispatch_has_kernel_for_dispatch_key(op, device)
 
-    def test_refuses_gradients(self) -> None:
+    def test_gradient_of_its_input(self) -> None:
+        module, x = self.linear(), torch.randn(2, 3, 96, requires_grad=True)
+        with torch.no_grad():
+            expected = module(x)
+        y, grad = module(x), torch.randn(2, 3, 40)
+        assert_same_bits(y.detach(), expected)
+        y.backward(grad)
+        assert x.grad is not None
+        assert torch.allclose(x.grad, grad @ module.dequantize(), atol=1e-5)
+        assert module.bias is not None and module.bias.grad is None
+
+    def test_gradient_of_its_bias(self) -> None:
+        module = self.linear()
+        assert module.bias is not None
+        module.bias.requires_grad_(True)
+        grad = torch.randn(2, 3, 40)
+        module(torch.randn(2, 3, 96)).backward(grad)
+        assert module.bias.grad is not None
+        assert torch.allclose(module.bias.grad, grad.sum((0, 1)), atol=1e-5)
+
+    def test_the_op_refuses_gradients(self) -> None:
         module, x = self.linear(), torch.randn(2, 96, requires_grad=True)
         with pytest.raises(RuntimeError, match="no_grad"):
-            module(x)
-        with pytest.raises(RuntimeError, match="no_grad"):
             ops.linear(x, module.packed, 40)
-        with torch.no_grad():
-            assert module(x).shape == (2, 40)
 
     def test_repr_names_the_format(self) -> None:
         assert "96, 40, bias=True, int4 sub16, int8 activations per 32" in repr(self.linear())

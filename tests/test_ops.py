@@ -80,15 +80,14 @@ def test_pack_equals_reference(fmt: Format, shape: tuple[int, int]) -> None:
     if not whole_k_only(fmt, shape[1]):
         fmt = Format(fmt.bits, fmt.group, -1, fmt.zero, fmt.activations, fmt.scale)
     parts = random_parts(fmt, *shape, seed=5)
-    options = (fmt.bits, fmt.group, fmt.act_group, fmt.activations)
-    expected = reference.pack(*parts, *options)
+    expected = reference.pack(*parts, *fmt.options)
     kind = "sub16" if fmt.sub16 else "group"
     zero = parts[2] is not None
     size = ops.packed_bytes(*shape, fmt.bits, kind, zero, fmt.group, fmt.act_group)
     # A byte more on both sides, which must stay, and an odd address for everything between.
     buffer = torch.full((size + 2,), 0xA5, dtype=torch.uint8)
     packed = buffer[1:-1]
-    ops.pack_(packed, *parts, *options)
+    ops.pack_(packed, *parts, *fmt.options)
     assert_same_bits(packed, expected)
     assert buffer[0] == buffer[-1] == 0xA5
     for i, (actual, given) in enumerate(zip(ops.unpack(packed), parts, strict=True)):

@@ -307,8 +307,17 @@ class TestStream:
         model = small("llama")
         model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
         model.save_pretrained(tmp_path)
-        with pytest.raises((ValueError, RuntimeError), match=r"conversion|finite"):
+        with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp: .*finite"):
             auto(tmp_path, quantization_config=SlmopsConfig())
+
+    def test_a_tensor_of_another_shape(self, tmp_path: Path) -> None:
+        folder = folder_of(tmp_path, "llama")
+        tensors = load_file(folder / "model.safetensors")
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name][1:].contiguous()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"{name}: expected the shape \(152, 96\), got \(151"):
+            auto(folder, quantization_config=SlmopsConfig())
 
     def test_a_head_that_the_checkpoint_lacks(self, tmp_path: Path) -> None:
         folder = folder_of(tmp_path, "llama")

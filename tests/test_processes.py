@@ -120,7 +120,7 @@ class Failing:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, what: Any) -> None:
         self.calls, self.at, self.what = 0, at, what
-        module: Any = sys.modules["torch_slmops.optimize"]
+        module: Any = sys.modules["torch_slmops.formats"]
         self.original = module.quantize_weight
         monkeypatch.setattr(module, "quantize_weight", self)
 

@@ -30,7 +30,7 @@ import torch_slmops
 from torch_slmops import ops, reference
 
 U = 2.0**-24
-EXACT_ZERO = [fmt for fmt in FORMATS if fmt.zero != "float"]
+EXACT_ZERO = [fmt for fmt in FORMATS if not fmt.floating_zero]
 SHORT_GROUPS = [fmt for fmt in FORMATS if -1 not in (fmt.group, fmt.act_group)]
 
 
@@ -162,8 +162,7 @@ def test_order_of_outputs(d: Drawn, seed: int) -> None:
     order = torch.randperm(d.n, generator=torch.Generator().manual_seed(seed))
     codes, scale, zero, sub = ops.unpack(d.packed)
     parts = [part[order] if part.numel() else None for part in (codes, scale, zero, sub)]
-    fmt = d.fmt
-    packed = reference.pack(*parts, fmt.bits, fmt.group, fmt.act_group, fmt.activations)
+    packed = reference.pack(*parts, *d.fmt.options)
     bias = None if d.bias is None else d.bias[order]
     moved = d._replace(packed=packed, bias=bias)
     assert_same_bits(run(moved), run(d)[:, order])
@@ -175,22 +174,13 @@ def test_inputs_of_zero_change_nothing(d: Drawn, more: int) -> None:
     """Columns of zeros behind K, with any codes, while the group structure stays as it is."""
     k = d.x.shape[1]
     parts = random_parts(d.fmt, d.n, k + more, seed=8)
-    wide = reference.pack(*parts, d.fmt.bits, d.fmt.group, d.fmt.act_group, d.fmt.activations)
+    wide = reference.pack(*parts, *d.fmt.options)
     groups = -(-k // d.fmt.group)
     codes, scale, zero, sub = parts
     cut = scale if d.fmt.sub16 else scale[:, :groups].contiguous()
     zero = None if zero is None else zero[:, :groups].contiguous()
     sub = None if sub is None else sub[:, :groups].contiguous()
-    narrow = reference.pack(
-        codes[:, :k].contiguous(),
-        cut,
-        zero,
-        sub,
-        d.fmt.bits,
-        d.fmt.group,
-        d.fmt.act_group,
-        d.fmt.activations,
-    )
+    narrow = reference.pack(codes[:, :k].contiguous(), cut, zero, sub, *d.fmt.options)
     x = torch.nn.functional.pad(d.x, (0, more))
     perm = d.perm
     if perm is not None:
@@ -223,7 +213,7 @@ def test_sign_passes_through(d: Drawn) -> None:
 def test_one_input_returns_a_column(fmt: Format, seed: int, value: float) -> None:
     """One-hot x: 127 steps of s_a in int8 mode, x itself in float mode; then one or two scales.
 
-    Without float zero points, which the one input would leave in its group's other columns too.
+    Without float zero points and offsets, whose part of the sum is rounded apart.
     """
     n, k = 40, 128
     packed = random_packed(fmt, n, k, seed)
@@ -255,21 +245,23 @@ def exact_weight(d: Drawn) -> Tensor:
         return scale[:, None] * sub.repeat_interleave(16, 1)[:, :k] * (codes - 8)
     group = k if d.fmt.group == -1 else d.fmt.group
     z = zero.repeat_interleave(group, 1)[:, :k] if zero.numel() else 1 << (d.fmt.bits - 1)
-    return scale.repeat_interleave(group, 1)[:, :k] * (codes - z)
+    s = scale.repeat_interleave(group, 1)[:, :k]
+    return s * codes + z if d.fmt.zero == "offset" else s * (codes - z)
 
 
 def absolute_sums(d: Drawn, x: Tensor) -> Tensor:
     """What rounding errors are relative to, in float64 [M, N]: sum of |x| |w|.
 
-    With a float zero point codes and zero point are summed apart: |x| |s| (u + |z|).
+    With a float zero point codes and zero point are summed apart: |x| |s| (u + |z|), and with an
+    offset m: |x| (|s| u + |m|).
     """
-    if d.fmt.zero != "float":
+    if not d.fmt.floating_zero:
         return x.abs() @ exact_weight(d).abs().T
     codes, scale, zero, _ = (part.double() for part in ops.unpack(d.packed))
     k = codes.shape[1]
     group = k if d.fmt.group == -1 else d.fmt.group
     s, z = (part.abs().repeat_interleave(group, 1)[:, :k] for part in (scale, zero))
-    return x.abs() @ (s * (codes + z)).T
+    return x.abs() @ (s * codes + (z if d.fmt.zero == "offset" else s * z)).T
 
 
 MODERATE = drawn(values=("normal", "outliers"), dtypes=(torch.float32,))

@@ -50,5 +50,5 @@ def test_generate_does_not_grow(attention: str) -> None:
     tensors, resident = live_tensors(), resident_bytes()
     for _ in range(CALLS - CALLS // 4):
         call()
-    assert live_tensors() == tensors
+    assert live_tensors() <= tensors
     assert resident_bytes() - resident < MOST_GROWTH

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch_slmops import ops
 from torch_slmops.attention import register_attention
+from torch_slmops.checkpoints import from_checkpoint
 from torch_slmops.dequantize import dequantize
+from torch_slmops.evaluate import evaluate
 from torch_slmops.families import register_family
 from torch_slmops.hf_register import register_when_imported
 from torch_slmops.isa import isa, isas, set_isa
+from torch_slmops.lora import lora_config
 from torch_slmops.optimize import optimize
 from torch_slmops.processes import watch_forks
 from torch_slmops.recipe import SavedModelError
@@ -30,9 +33,12 @@ __all__ = [
     "SlmopsConfig",
     "__version__",
     "dequantize",
+    "evaluate",
+    "from_checkpoint",
     "isa",
     "isas",
     "load",
+    "lora_config",
     "ops",
     "optimize",
     "quantize_weight",

@@ -110,8 +110,10 @@ def attention_forward(
         key, value = key[:, :, :queries], value[:, :, :queries]
         position_bias = None if position_bias is None else position_bias[..., :queries]
     mask = attention_mask
+    if mask is not None and mask.shape[2] == 1:
+        mask = mask.expand(-1, -1, queries, -1)
     if position_bias is not None:
-        mask = _with_bias(position_bias, attention_mask)
+        mask = _with_bias(position_bias, mask)
     out = ops.attention(
         query.transpose(1, 2),
         key.transpose(1, 2),

@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 __all__ = ["Cache", "GrowingLayer", "GrowingSlidingWindowLayer", "adopt", "layer_of"]
 
 _LEAST_SLOTS = 64
+_BLOCK = 16
 
 
 class _Memory:
@@ -29,6 +30,13 @@ class _Memory:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.first, self.stop = tensor, 0, tensor.shape[2]
+
+    @classmethod
+    def of(cls, states: Tensor, slots: int) -> _Memory:
+        """Free slots for `states`."""
+        made = cls(states.new_empty(*states.shape[:2], slots, states.shape[3]))
+        made.stop = 0
+        return made
 
     def view(self) -> Tensor:
         return self.tensor[:, :, self.first : self.stop]
@@ -75,8 +83,48 @@ class _Memory:
         self.tensor = tensor
 
 
+class _BlockedKeys(_Memory):
+    """Keys as `ops.decoder_layers` reads them fastest: [B, H, blocks, D, 16]; see there."""
+
+    def __init__(self, states: Tensor, slots: int) -> None:
+        batch, heads, _, width = states.shape
+        self.tensor = states.new_empty(batch, heads, -(-slots // _BLOCK), width, _BLOCK)
+        self.first = self.stop = 0
+
+    def view(self) -> Tensor:
+        """A copy, in the order of `keys`."""
+        return self.tensor.transpose(3, 4).flatten(2, 3)[:, :, : self.stop]
+
+    def last(self, count: int) -> Tensor:
+        assert count == self.stop
+        return self.tensor
+
+    def is_part(self, value: Tensor) -> bool:
+        return False
+
+    def make_room(self, new: int) -> None:
+        if self.tensor.is_inference() and not torch.is_inference_mode_enabled():
+            self.tensor = self.tensor.clone()
+        if self.stop + new <= self.tensor.shape[2] * _BLOCK:
+            return
+        old, used = self.tensor, -(-self.stop // _BLOCK)
+        blocks = -(-2 * (self.stop + new) // _BLOCK)
+        self.tensor = old.new_empty(*old.shape[:2], blocks, *old.shape[3:])
+        self.tensor[:, :, :used] = old[:, :, :used]
+
+    def reorder(self, beam_idx: Tensor) -> None:
+        tensor, used = torch.empty_like(self.tensor), slice(-(-self.stop // _BLOCK))
+        tensor[:, :, used] = self.tensor[:, :, used].index_select(0, beam_idx)
+        self.tensor = tensor
+
+
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A `DynamicLayer` that grows in place."""
+    """A `DynamicLayer` that grows in place.
+
+    Keys that only `ops.decoder_layers` has seen lie in blocks; reading `keys` then copies them.
+    """
+
+    can_block = True
 
     def _memory(self, name: str) -> _Memory | None:
         memory = vars(self).get(name)
@@ -119,6 +167,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Returns the keys and values that the new queries may see, the new ones last."""
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             return super().update(key_states, value_states, *args, **kwargs)
+        if isinstance(self._memory("_keys"), _BlockedKeys):
+            self.keys = self.keys
         keys, values, start = self.reserve(key_states, value_states)
         stop = start + key_states.shape[2]
         keys[:, :, start:stop] = key_states
@@ -126,30 +176,38 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.advance(key_states.shape[2])
         return keys[:, :, :stop], values[:, :, :stop]
 
-    def reserve(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor, int]:
+    def reserve(
+        self, key_states: Tensor, value_states: Tensor, blocked: bool = False
+    ) -> tuple[Tensor, Tensor, int]:
         """Makes room for new keys and values, whose shapes and dtype count, not the values.
+
+        Args:
+            key_states: [B, H, L, D].
+            value_states: [B, H, L, Dv].
+            blocked: Whether keys may lie in blocks, if there are none yet.
 
         Returns:
             keys and values, [B, H, at least start + L, D], and `start`: slots before it hold what
             new queries may see, the new ones go to the L slots from there. They count as there
-            after `advance(L)`.
+            after `advance(L)`. Keys may be blocks, [B, H, blocks, D, 16].
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[2]
-        keys = self._with_room("_keys", key_states, new)
-        values = self._with_room("_values", value_states, new)
+        slots = max(2 * new, _LEAST_SLOTS)
+        own = vars(self)
+        keys, values = own.get("_keys"), own.get("_values")
+        if not isinstance(keys, _Memory) or not isinstance(values, _Memory):
+            if blocked and self.can_block:
+                keys = _BlockedKeys(key_states, slots)
+            else:
+                keys = _Memory.of(key_states, slots)
+            values = _Memory.of(value_states, slots)
+            own["_keys"], own["_values"] = keys, values
+        keys.make_room(new)
+        values.make_room(new)
         visible = self._visible(keys.stop - keys.first)
         return keys.last(visible), values.last(visible), visible
-
-    def _with_room(self, name: str, states: Tensor, new: int) -> _Memory:
-        memory = vars(self).get(name)
-        if not isinstance(memory, _Memory):
-            shape = (*states.shape[:2], max(2 * new, _LEAST_SLOTS), states.shape[3])
-            memory = vars(self)[name] = _Memory(states.new_empty(shape))
-            memory.stop = 0
-        memory.make_room(new)
-        return memory
 
     def _visible(self, used: int) -> int:
         """How many of the slots in use new queries may see."""
@@ -161,6 +219,14 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             memory = self._memory(name)
             assert memory is not None
             memory.stop += new
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens."""
+        keys, values = self._memory("_keys"), self._memory("_values")
+        if tokens_to_remove < 0 and isinstance(keys, _BlockedKeys) and values is not None:
+            keys.stop = values.stop = max(keys.stop + tokens_to_remove, 0)
+        else:
+            super().crop(tokens_to_remove)
 
     def get_seq_length(self) -> int:
         """Returns the number of tokens seen."""
@@ -179,6 +245,8 @@ class GrowingSlidingWindowLayer(  # type: ignore[no-untyped-call]
     GrowingLayer, DynamicSlidingWindowLayer
 ):
     """A `DynamicSlidingWindowLayer` that grows in place, to about twice its window."""
+
+    can_block = False
 
     def _visible(self, used: int) -> int:
         return min(used, self.sliding_window - 1)

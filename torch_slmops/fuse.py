@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from torch_slmops import foreign
 from torch_slmops.fused import (
     AttentionSpec,
     ExpertsSpec,
@@ -236,6 +237,11 @@ class _Finder:
         biases = {None if layer.bias is None else layer.bias.dtype for layer in layers}
         if len(biases) > 1:
             return Left(what, "its projections have biases and none, or of several dtypes")
+        apart = foreign.apart(layers)
+        if apart is not None:
+            return Left(what, apart)
+        if isinstance(spec, MLPSpec) and foreign.has_order(children[-1]):
+            return Left(what, f"its {names[-1]} takes its inputs in another order (act-order)")
         packed = getattr(spec, "packed", None)
         if packed is not None and packed not in names and hasattr(module, packed):
             return Left(what, f"it has an attribute {packed!r}, where fused weights go")
@@ -255,6 +261,8 @@ class _Finder:
         for name, module in self.model.named_modules():
             if isinstance(module, Fused) or self.excluded(name):
                 continue
+            if any(foreign.has_order(inner) for inner in module.modules()):
+                continue  # the op takes inputs as they come
             inner = [c for c in module._modules.values() if isinstance(specs.get(c), AttentionSpec)]
             if len(inner) != 1 or not self._has_packed_output(inner[0], specs[inner[0]]):
                 continue
@@ -311,12 +319,15 @@ def build(block: Block, quantize: Quantize, pack: Pack) -> Swap:
     if layers[0].bias is not None:
         values = torch.cat([layer.bias.detach() for layer in layers])
         bias = nn.Parameter(values, requires_grad=False)
-    quantized = quantize(weight)
+    imported = foreign.read(layers)
+    quantized = quantize(weight) if imported is None else imported.weight
     source: Linear | GateUp
     if isinstance(spec, MLPSpec):
         source = _gate_up(pack(interleave(quantized)), weight, bias)
     else:
         source = Linear.from_packed(pack(quantized), bias, weight.dtype)
+    if imported is not None:
+        source.perm, source.origin = imported.perm, imported.origin
     assert isinstance(spec, MLPSpec | AttentionSpec)
     return Swap(module, spec, children(spec, source, [layer.out_features for layer in layers]))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch_slmops import ops
 from torch_slmops.families import Attention, Experts, GatedMLP, RMSNorm
 from torch_slmops.modules import Linear
-from torch_slmops.packed_rows import GateUp
+from torch_slmops.packed_rows import GateUp, Rows
 
 __all__ = [
     "HOOKS",
@@ -40,6 +40,9 @@ __all__ = [
 _rms_norm = ops.rms_norm
 _qkv_rotary = ops.qkv_rotary
 _swiglu = ops.swiglu
+
+# What projections are that a fused op stands for; anything else, an adapter say, does more.
+_PROJECTIONS = (Rows, Linear, GateUp)
 
 Tables = tuple[Tensor, Tensor]
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -119,9 +122,15 @@ class Fused(nn.Module):
         """Children that the fused forward passes by."""
         return ()
 
+    def _projections(self) -> tuple[str, ...]:
+        """Those of the children that are rows of a packed weight."""
+        return ()
+
     def is_bare(self) -> bool:
-        """Whether nobody looks at what the fused forward passes by: no hook is on it."""
+        """Whether what the fused forward passes by is as it was, and has no hooks."""
         children = self._modules
+        if any(type(children[name]) not in _PROJECTIONS for name in self._projections()):
+            return False
         return not any(has_hooks(children[name]) for name in self._inner())
 
     def _passes(self, x: object) -> bool:
@@ -185,6 +194,9 @@ class FusedMLP(Fused):
         assert isinstance(gate_up, GateUp)
         return f"swiglu ({self.slmops.row.name}): {self.slmops.activation}, {gate_up.hidden} wide"
 
+    def _projections(self) -> tuple[str, ...]:
+        return self.slmops.row.gate_up
+
     def _inner(self) -> tuple[str, ...]:
         row = self.slmops.row
         activation = (row.activation,) if row.activation in self._modules else ()
@@ -194,10 +206,13 @@ class FusedMLP(Fused):
         down = self._modules[self.slmops.row.down]
         if len(args) != 1 or kwargs or not isinstance(down, Linear) or not self._passes(args[0]):
             return super().forward(*args, **kwargs)
+        if down.perm is not None:
+            return super().forward(*args)
         gate_up = self._modules[self.slmops.packed]
         assert isinstance(gate_up, GateUp)
+        x: Tensor = args[0]
         return _swiglu(
-            args[0],
+            x if gate_up.perm is None else x.index_select(-1, gate_up.perm),
             gate_up.packed,
             down.packed,
             gate_up.hidden,
@@ -222,6 +237,9 @@ class FusedAttention(Fused):
         if spec.rotary_width:
             words.append("rotary" + (" interleaved" if spec.row.rotary == "interleaved" else ""))
         return ", ".join(words)
+
+    def _projections(self) -> tuple[str, ...]:
+        return self.slmops.row.projections
 
     def _inner(self) -> tuple[str, ...]:
         row = self.slmops.row
@@ -305,6 +323,7 @@ class FusedAttention(Fused):
             cos,
             sin,
             spec.row.rotary == "interleaved",
+            qkv.perm,
         )
 
 

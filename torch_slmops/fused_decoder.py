@@ -189,6 +189,8 @@ class FusedDecoderLayer(Fused):
             return None
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
             return None
+        if mask is not None and mask.shape[2] != x.shape[1]:  # for all queries
+            return None
         if ids is not None and not (isinstance(ids, Tensor) and ids.dim() == 2):
             return None
         wide = (None, None)
@@ -200,11 +202,13 @@ class FusedDecoderLayer(Fused):
         self, layers: tuple[FusedDecoderLayer, ...], dtype: torch.dtype
     ) -> list[Tensor] | None:
         """The tensors of all layers as the op takes them; None if a layer has to compute itself."""
+        if torch.compiler.is_compiling():  # whose guards do it
+            return self._parts(dtype) if layers == (self,) else None
         known: _Snapshot | None = vars(self).get(SNAPSHOT)
         if known is None or not known.holds(layers, dtype):
+            found = [layer._parts(dtype) for layer in layers]
             weights: list[Tensor] = []
-            for layer in layers:
-                parts = layer._parts(dtype)
+            for parts in found:
                 if parts is None:
                     return None
                 weights += parts
@@ -227,6 +231,8 @@ class FusedDecoderLayer(Fused):
         if type(output) is not Linear or type(down) is not Linear or has_hooks(output):
             return None
         assert isinstance(qkv, Linear) and isinstance(gate_up, GateUp)
+        if any(part.perm is not None for part in (qkv, output, gate_up, down)):
+            return None
         found: dict[str, Any] = {
             "qkv": qkv._buffers["packed"],
             "qkv_bias": qkv._parameters["bias"],
@@ -323,7 +329,7 @@ class _Slots:
         for attention in attentions:
             layer = layer_of(call.cache, attention.layer_idx)
             if isinstance(layer, GrowingLayer):
-                keys, values, start = layer.reserve(states, states)
+                keys, values, start = layer.reserve(states, states, blocked=True)
             elif layer is not None:  # a static one
                 if not layer.is_initialized:
                     layer.lazy_initialization(states, states)

@@ -12,10 +12,44 @@ from torch_slmops import memory, ops
 from torch_slmops.weight_view import WeightView, dequantize
 from torch_slmops.weights import quantize_weight
 
-__all__ = ["Embedding", "Linear", "PackedModule"]
+__all__ = ["Embedding", "Linear", "PackedModule", "packed_linear"]
 
 _linear: Any = torch.ops.slmops.linear.default
 _embedding: Any = torch.ops.slmops.embedding.default
+
+
+class _InputGradient(torch.autograd.Function):
+    """y = x w^T + bias with a packed w, and the gradient of x, as if x were not rounded to int8."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, packed: Tensor, n: int, bias: Tensor | None, perm: Tensor | None
+    ) -> Tensor:
+        ctx.packed, ctx.shape, ctx.perm = packed, (n, x.shape[-1]), perm
+        y: Tensor = _linear(x, packed, n, bias, perm)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_x = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = grad @ dequantize(ctx.packed, ctx.shape, grad.dtype, perm=ctx.perm)
+        if ctx.needs_input_grad[3]:
+            of_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return of_x, None, None, of_bias, None
+
+
+def packed_linear(
+    x: Tensor, packed: Tensor, n: int, bias: Tensor | None, perm: Tensor | None
+) -> Tensor:
+    """Returns `ops.linear` of these; where gradients are recorded, x and bias get theirs."""
+    wanted = x.requires_grad or (bias is not None and bias.requires_grad)
+    if wanted and torch.is_grad_enabled():
+        apply: Any = _InputGradient.apply
+        y: Tensor = apply(x, packed, n, bias, perm)
+        return y
+    y = _linear(x, packed, n, bias, perm)
+    return y
 
 
 class PackedModule(nn.Module):
@@ -30,17 +64,24 @@ class PackedModule(nn.Module):
             or assigned.
         dtype: The floating dtype that the module stands for: that of `weight`. `.to(dtype)` changes
             it and leaves `packed` alone.
+        perm: The input that each packed column belongs to, int64 [K], for weights that came with an
+            order of their own (GPTQ's act-order); None where they are in order.
         calibrated: Whether `optimize` chose the codes for inputs that the module got.
+        origin: Which format of another tool the codes come from, and what that cost; "" if they
+            were chosen here.
     """
 
     packed: Tensor
+    perm: Tensor | None
     dtype: torch.dtype
     calibrated: bool = False
+    origin: str = ""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
         self.register_buffer("packed", memory.empty(0))
+        self.register_buffer("perm", None)
 
     def _weight_shape(self) -> tuple[int, int]:
         raise NotImplementedError
@@ -56,8 +97,8 @@ class PackedModule(nn.Module):
     def weight(self) -> Tensor:
         """The weight [N, K] as a read-only tensor that dequantizes when its values are used."""
         if torch.compiler.is_compiling():  # A graph drops values that nothing uses.
-            return dequantize(self.packed, self._weight_shape(), self.dtype)
-        return WeightView(self.packed, self._weight_shape(), self.dtype)
+            return self.dequantize()
+        return WeightView(self.packed, self._weight_shape(), self.dtype, perm=self.perm)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module would register a Parameter under this name instead of calling a setter.
@@ -68,12 +109,12 @@ class PackedModule(nn.Module):
 
     def _assign_weight(self, value: Tensor) -> None:
         if isinstance(value, WeightView):
-            self.packed = value.packed
+            self.packed, self.perm = value.packed, value.perm
         else:
-            self.packed = self._like_packed(value)
+            self.packed, self.perm = self._like_packed(value), None
         self._set_weight_shape(*value.shape)
         self.dtype = value.dtype
-        self.calibrated = False
+        self.calibrated, self.origin = False, ""
 
     def _like_packed(self, value: Tensor) -> Tensor:
         """Packs `value`, [N, K], in the format of the present weight."""
@@ -90,7 +131,7 @@ class PackedModule(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Returns the weight that the codes stand for, [N, K], of `dtype` or the module's dtype."""
-        return dequantize(self.packed, self._weight_shape(), dtype or self.dtype)
+        return dequantize(self.packed, self._weight_shape(), dtype or self.dtype, perm=self.perm)
 
     def format(self) -> str:
         """Returns the packed format in words, such as "int4 sub16, int8 activations per 128"."""
@@ -119,6 +160,9 @@ class PackedModule(nn.Module):
             return
         if new is not None and new.shape != self.packed.shape:
             self.packed = memory.empty(new.numel())  # another format: the copy needs other room
+        if new is not None:
+            order = state_dict.get(prefix + "perm")
+            self.perm = None if order is None else torch.empty_like(order)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -140,8 +184,9 @@ class PackedModule(nn.Module):
 class Linear(PackedModule):
     """y = x w^T + bias with a packed w: what `optimize` puts in the place of an `nn.Linear`.
 
-    For inference: gradients through it are refused. The result has the dtype of x; how x is treated
-    (rounded to int8 per group or not) was decided when w was packed.
+    The weight is frozen; x gets a gradient, for adapters that are trained beside it. The result has
+    the dtype of x; how x is treated (rounded to int8 per group or not) was decided when w was
+    packed.
 
     Attributes:
         in_features: K.
@@ -167,7 +212,11 @@ class Linear(PackedModule):
 
     @classmethod
     def from_packed(
-        cls, packed: Tensor, bias: nn.Parameter | None = None, dtype: torch.dtype = torch.float32
+        cls,
+        packed: Tensor,
+        bias: nn.Parameter | None = None,
+        dtype: torch.dtype = torch.float32,
+        perm: Tensor | None = None,
     ) -> Linear:
         """Returns a module that computes with `packed`, uint8 [bytes], and shares it.
 
@@ -175,10 +224,11 @@ class Linear(PackedModule):
             packed: A packed weight.
             bias: [N], float32, bfloat16 or float16; shared too.
             dtype: What `weight.dtype` says: that of the weight that was packed.
+            perm: See the attribute; shared too.
         """
         header = ops.describe(packed)
         module = cls(header.k, header.n, bias=False, dtype=dtype)
-        module.packed = packed
+        module.packed, module.perm = packed, perm
         module.register_parameter("bias", bias)
         return module.eval()
 
@@ -190,10 +240,7 @@ class Linear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [..., N] for x of [..., K]; any leading dimensions."""
-        if x.requires_grad and torch.is_grad_enabled():
-            ops.refuse_gradient("Linear")
-        y: Tensor = _linear(x, self.packed, self.out_features, self.bias)
-        return y
+        return packed_linear(x, self.packed, self.out_features, self.bias, self.perm)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

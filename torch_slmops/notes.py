@@ -8,10 +8,20 @@ from typing import Any
 
 from torch import nn
 
+from torch_slmops.budget import Budget
 from torch_slmops.fuse import Left
 
-__all__ = ["left_of", "note_left", "note_options", "note_saved", "options_of"]
+__all__ = [
+    "budget_of",
+    "left_of",
+    "note_budget",
+    "note_left",
+    "note_options",
+    "note_saved",
+    "options_of",
+]
 
+_BUDGET = "_slmops_budget"
 _LEFT, _OPTIONS = "_slmops_left", "_slmops_options"
 
 
@@ -23,6 +33,20 @@ def note_left(model: nn.Module, left: Mapping[str, Left]) -> None:
 def left_of(model: nn.Module) -> dict[str, tuple[str, str]] | None:
     """Returns the class and the reason of each block that is not fused, if that was noted."""
     found: dict[str, tuple[str, str]] | None = vars(model).get(_LEFT)
+    return found
+
+
+def note_budget(model: nn.Module, budget: Budget | None) -> None:
+    """Leaves a note for `report`: how a budget was spent, if there was one."""
+    if budget is None:
+        vars(model).pop(_BUDGET, None)
+    else:
+        vars(model)[_BUDGET] = budget
+
+
+def budget_of(model: nn.Module) -> Budget | None:
+    """Returns how a budget was spent, if that was noted."""
+    found: Budget | None = vars(model).get(_BUDGET)
     return found
 
 

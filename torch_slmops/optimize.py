@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,16 +14,22 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from torch_slmops import memory
+from torch_slmops import budget, foreign, memory
+from torch_slmops.activation_check import Layers, suited_formats
+from torch_slmops.adopt import adopted
 from torch_slmops.attention import use_own_attention
 from torch_slmops.calibrate import Unit, calibrate, make_batches
+from torch_slmops.formats import Format as _Format
 from torch_slmops.fuse import Block, Left, Plan, Swap, build, find_blocks, possible_blocks, put
 from torch_slmops.modules import Embedding, Linear, PackedModule
-from torch_slmops.notes import note_left, note_options
+from torch_slmops.notes import note_budget, note_left, note_options
+from torch_slmops.pieces import pieces_of
 from torch_slmops.processes import uninterrupted
+from torch_slmops.progress import progress_bar
 from torch_slmops.stack import link_runs
 from torch_slmops.survey import Patterns, Site, check_model, chooser, find_sites, weight_key
-from torch_slmops.weights import FLOAT_DTYPES, QuantizedWeight, quantize_weight, resolve_scales
+from torch_slmops.weights import FLOAT_DTYPES, QuantizedWeight, resolve_scales
+from torch_slmops.windows import Texts
 
 __all__ = ["optimize"]
 
@@ -30,34 +38,8 @@ Model = TypeVar("Model", bound=nn.Module)
 Formats: TypeAlias = "dict[bool, _Format | None]"
 
 _BITS = {"int4": 4, "int8": 8}
-_BAR_DELAY_S = 1.0
+_UNNAMED = ("int4", None, None, True, None, None)  # the defaults of the arguments of a format
 _logger = logging.getLogger("torch_slmops")
-
-
-@dataclass(frozen=True)
-class _Format:
-    """How weights are quantized and packed: arguments of `quantize_weight` and `pack`."""
-
-    bits: int
-    scale_kind: str
-    group_size: int
-    symmetric: bool
-    act_group: int | None
-    activations: str
-
-    def quantize(self, weight: Tensor, importance: Tensor | None = None) -> QuantizedWeight:
-        return quantize_weight(
-            weight,
-            self.bits,
-            self.scale_kind,
-            self.group_size,
-            self.symmetric,
-            "mse",
-            importance,
-        )
-
-    def pack(self, quantized: QuantizedWeight) -> Tensor:
-        return quantized.pack(self.act_group, self.activations)
 
 
 def optimize(
@@ -67,7 +49,7 @@ def optimize(
     scale_kind: Literal["sub16", "group"] | None = None,
     group_size: int | None = None,
     symmetric: bool = True,
-    activations: Literal["int8", "float"] = "int8",
+    activations: Literal["int8", "float"] | None = None,
     act_group: int | None = None,
     lm_head: Literal["int4", "int8"] | None = "int8",
     include: Patterns | None = None,
@@ -76,6 +58,9 @@ def optimize(
     strict: bool = False,
     calibration: Any = None,
     tokenizer: Any = None,
+    max_kl: float | None = None,
+    texts: Texts = None,
+    measurements: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Model:
     """Quantizes and packs the weights of a model in place, for inference on the CPU.
@@ -84,7 +69,8 @@ def optimize(
     Modules that share a weight share one packed buffer. What is not exactly one of the two classes,
     or has hooks, is left alone: `torch_slmops.report(model)` shows what was done and what was left.
     The remaining parameters are frozen (`requires_grad_(False)`). Called again, it packs what has
-    not been packed yet.
+    not been packed yet. Layers that torchao, compressed-tensors or bitsandbytes (8 bits) quantized
+    keep their codes (docs/checkpoints.md); `from_checkpoint` reads such models from disk.
 
     Attention, gated MLPs, experts and RMS norms of known families (`torch_slmops.families`) are
     fused: one op computes q, k and v with norms and rotary embedding, one an MLP. Their modules
@@ -102,7 +88,10 @@ def optimize(
         group_size: Likewise.
         symmetric: Likewise.
         activations: "int8" rounds activations to int8 per `act_group`, "float" takes them as they
-            are (weight-only quantization; slower for many tokens).
+            are (weight-only quantization; slower for many tokens). By default int8, except for
+            layers whose inputs have outliers that take the resolution of their group, as a forward
+            of 48 random tokens shows (of the first calibration batch, if there is one): these get
+            groups of 32 inputs if that helps, else float activations.
         act_group: Inputs that share an activation scale, 32, 64, 128 or -1 (all); by default
             whatever suits the layer, see `QuantizedWeight.pack`.
         lm_head: The codes of the embeddings and of the output layer (the model's
@@ -125,6 +114,20 @@ def optimize(
             machines; the packed model computes the same bits on all. Takes memory for the second
             moments of one block's inputs (4 K^2 bytes each), and about 5 times that of the largest.
         tokenizer: The model's tokenizer, for texts.
+        max_kl: A budget in the place of a format: the mean KL(float model || packed model) per
+            token, in nats, on `texts`. For each layer (q/k/v together, gate/up together) the codes,
+            the groups and the activations (int8, or float where they pay) are chosen so that it is
+            met with the fewest bytes; a layer with float activations counts as a tenth larger.
+            `report` shows the choice. Takes at most a forward of 512 tokens per layer and format,
+            half of one on average: seconds for a model of some million weights. For causal language
+            models. The arguments from `weights` to `act_group` stay out; `lm_head=None` leaves the
+            head, else its format is chosen too. With `calibration`, on other text, the codes of
+            all formats are calibrated, which takes twice the model's memory.
+        texts: For `max_kl`: a list of texts, the path of a text file, or token ids, int64 [C, T];
+            up to 64 windows of 256 tokens are used. By default a few built-in texts, see
+            `evaluate`; text like that of the use is better.
+        measurements: For `max_kl`: a file to keep what was measured of single layers; an
+            interrupted call, or one with another budget, goes on from it.
         progress: Shows a progress bar where it takes more than a second.
 
     Returns:
@@ -135,31 +138,50 @@ def optimize(
             `calibration` is not as above.
         ValueError: An argument is none of the above; the model is in training mode, on a device
             other than the CPU, quantized already; a weight is not finite; `strict` and something
-            would be left.
+            would be left; `max_kl` cannot be met (the error says what can, and why).
     """
-    check_model(model)
-    batches = None if calibration is None else make_batches(calibration, tokenizer)
-    formats = make_formats(
-        weights, scale_kind, group_size, symmetric, activations, act_group, lm_head
-    )
-    work = plan_work(model, formats, include, exclude, fuse, strict)
-    codes = Codes()
-    if batches is not None:
-        units = _units(work)
-        total = sum(unit.size for unit in units)
-        with progress_bar(total, progress, "calibrating") as advance:
-            codes.packed = calibrate(model, units, batches, advance)
-    with progress_bar(work.size, progress, "packing weights") as advance:
-        carry_out(model, work, codes, advance)
+    named = (weights, scale_kind, group_size, symmetric, activations, act_group)
+    with adopted(model):
+        _check_budget(max_kl, named == _UNNAMED, texts is not None or measurements is not None)
+        check_model(model)
+        batches = None if calibration is None else make_batches(calibration, tokenizer)
+        formats = make_formats(
+            weights, scale_kind, group_size, symmetric, activations, act_group, lm_head
+        )
+        work = plan_work(model, formats, include, exclude, fuse, strict)
+        codes = Codes()
+        found = None
+        fixed = next((s.name for s in work.todo if foreign.is_foreign(s.module)), None)
+        if fixed is not None and (batches is not None or max_kl is not None):
+            raise ValueError(
+                f"optimize: calibration and max_kl choose codes, and {fixed} has codes already; "
+                "leave them out"
+            )
+        if max_kl is not None:
+            pieces = pieces_of(_by_weight(work.alone), work.blocks)
+            found = budget.choose(
+                model, pieces, max_kl, texts, tokenizer, batches, measurements, progress
+            )
+            codes.formats, codes.packed = found.formats, found.packed
+        elif activations is None and act_group is None and fixed is None:
+            codes.formats = suited_formats(model, _layers(work), batches[0] if batches else None)
+        if found is None and batches is not None:
+            units = _units(work)
+            total = sum(unit.size for unit in units)
+            with progress_bar(total, progress, "calibrating") as advance:
+                codes.packed = calibrate(model, units, batches, advance)
+        with progress_bar(work.size, progress, "packing weights") as advance:
+            carry_out(model, work, codes, advance)
     if fuse:
         use_own_attention(model)
         note_left(model, work.left)
+    note_budget(model, None if found is None else found.budget)
     options = {
         "weights": weights,
         "scale_kind": scale_kind,
         "group_size": group_size,
         "symmetric": symmetric,
-        "activations": activations,
+        "activations": activations or "int8",
         "act_group": act_group,
         "lm_head": lm_head,
         "include": include,
@@ -212,7 +234,7 @@ def plan_work(
     blocks = possible_blocks(model) if fuse else []
     included, excluded = chooser(sites, blocks, include, exclude)
     chosen = [s for s in sites if included(*s.names) and not excluded(*s.names) and not s.is_packed]
-    chosen = [site for site in chosen if formats[site.is_head] is not None]
+    chosen = [s for s in chosen if formats[s.is_head] is not None or foreign.is_foreign(s.module)]
     todo = [site for site in chosen if site.obstacle is None]
     plan = find_blocks(model, sites, todo, included, excluded) if fuse else Plan()
     experts = {block.module for block in plan.blocks if not block.sites}
@@ -243,12 +265,26 @@ def carry_out(
     return replacements
 
 
+def _check_budget(max_kl: Any, formats_are_unnamed: bool, others_are_named: bool) -> None:
+    if max_kl is None:
+        if others_are_named:
+            raise ValueError("optimize: texts and measurements are for max_kl, which is not given")
+        return
+    if not (isinstance(max_kl, float | int) and 0 < max_kl < math.inf):
+        raise ValueError(f"optimize: expected max_kl to be positive and finite, got {max_kl!r}")
+    if not formats_are_unnamed:
+        raise ValueError(
+            "optimize: max_kl chooses the format of each layer: leave out weights, scale_kind, "
+            "group_size, symmetric, activations and act_group, or max_kl"
+        )
+
+
 def make_formats(
     weights: str,
     scale_kind: str | None,
     group_size: int | None,
     symmetric: bool,
-    activations: str,
+    activations: str | None,
     act_group: int | None,
     lm_head: str | None,
 ) -> Formats:
@@ -257,6 +293,7 @@ def make_formats(
         raise ValueError(f'optimize: expected weights "int4" or "int8", got {weights!r}')
     if lm_head is not None and lm_head not in _BITS:
         raise ValueError(f'optimize: expected lm_head "int4", "int8" or None, got {lm_head!r}')
+    activations = activations or "int8"
     if activations not in ("int8", "float"):
         raise ValueError(f'optimize: expected activations "int8" or "float", got {activations!r}')
     if act_group not in (None, 32, 64, 128, -1):
@@ -295,6 +332,12 @@ def _weight(site: Site) -> Tensor:
     return weight.detach()
 
 
+def _key(site: Site) -> tuple[object, ...]:
+    weight = site.module.weight
+    assert isinstance(weight, Tensor)
+    return weight_key(weight)
+
+
 def _check_dtype(site: Site) -> None:
     dtype = _weight(site).dtype
     if dtype not in FLOAT_DTYPES:
@@ -306,15 +349,14 @@ def _check_dtype(site: Site) -> None:
 
 def _count(todo: list[Site]) -> int:
     """The number of weights in `todo`, shared ones once."""
-    weights = {weight_key(_weight(site)): _weight(site).numel() for site in todo}
-    return sum(weights.values())
+    return sum({_key(site): _weight(site).numel() for site in todo}.values())
 
 
 def _by_weight(todo: list[Site]) -> list[list[Site]]:
     """The sites that share a weight, together."""
     groups: dict[tuple[object, ...], list[Site]] = {}
     for site in todo:
-        groups.setdefault(weight_key(_weight(site)), []).append(site)
+        groups.setdefault(_key(site), []).append(site)
     return list(groups.values())
 
 
@@ -335,11 +377,32 @@ def _units(work: Work) -> list[Unit]:
     return [unit for unit in units if unit.watched()]
 
 
+def _layers(work: Work) -> list[Layers]:
+    """What goes into one weight, for a look at its inputs."""
+    found = []
+    for sites in _by_weight(work.alone):
+        how = work.formats[sites[0].is_head]
+        linear = [site.module for site in sites if isinstance(site.module, nn.Linear)]
+        assert how is not None
+        found.append(Layers(sites[0].module, tuple(linear[:1]), how))
+    for block in work.blocks:
+        how = work.formats[False]
+        assert how is not None
+        if block.sites:
+            modules = tuple(site.module for site in block.sites)
+            found.append(Layers(modules[0], modules, how))
+    return found
+
+
 @dataclass
 class Codes:
-    """Weights that calibration has packed, by their first module; none where it did not run."""
+    """Weights that calibration has packed, and formats other than those of the work.
+
+    Both by first module; none where neither was asked for.
+    """
 
     packed: dict[nn.Module, Tensor] = field(default_factory=dict)
+    formats: dict[nn.Module, _Format] = field(default_factory=dict)
 
     def quantize(self, module: nn.Module, how: _Format, weight: Tensor) -> QuantizedWeight:
         """The calibrated weight, which is given away, or the plainly rounded one."""
@@ -356,16 +419,30 @@ def _build(
     """The packed modules that take the places of those of `todo`; nothing is replaced yet."""
     replacements: dict[nn.Module, PackedModule] = {}
     for sites in _by_weight(todo):
-        weight, how = _weight(sites[0]), formats[sites[0].is_head]
+        first, weight = sites[0], _weight(sites[0])
+        how = codes.formats.get(first.module, formats[first.is_head] or formats[False])
         assert how is not None
-        calibrated = sites[0].module in codes.packed
-        with _named(sites[0].name):
-            packed = how.pack(codes.quantize(sites[0].module, how, weight))
+        calibrated = first.module in codes.packed
+        with _named(first.name):
+            packed, perm, origin = _pack(first.module, how, codes, weight)
         for site in sites:
-            replacements[site.module] = _replacement(site.module, packed, weight.dtype)
-            replacements[site.module].calibrated = calibrated
+            made = _replacement(site.module, packed, weight.dtype)
+            made.calibrated, made.perm, made.origin = calibrated, perm, origin
+            if perm is not None and isinstance(made, Embedding):
+                raise ValueError(f"optimize: {site.name}: an embedding cannot have act-order")
+            replacements[site.module] = made
         advance(weight.numel())
     return replacements
+
+
+def _pack(
+    module: nn.Module, how: _Format, codes: Codes, weight: Tensor
+) -> tuple[Tensor, Tensor | None, str]:
+    """The packed weight of a module, the order of its inputs, and where its codes come from."""
+    found = foreign.read([module])
+    if found is None:
+        return how.pack(codes.quantize(module, how, weight)), None, ""
+    return how.pack(found.weight), found.perm, found.origin
 
 
 def _build_blocks(
@@ -376,9 +453,10 @@ def _build_blocks(
     swaps = []
     for block in blocks:
         first = block.sites[0].module if block.sites else block.module
+        own = codes.formats.get(first, how)
         calibrated = first in codes.packed
         with _named(block.name):
-            made = build(block, partial(codes.quantize, first, how), how.pack)
+            made = build(block, partial(codes.quantize, first, own), own.pack)
         for child in made.children.values():
             if isinstance(child, PackedModule):
                 child.calibrated = calibrated
@@ -401,18 +479,6 @@ def _replacement(module: nn.Module, packed: Tensor, dtype: torch.dtype) -> Packe
         return Embedding.from_packed(packed, module.padding_idx, dtype)
     assert isinstance(module, nn.Linear)
     return Linear.from_packed(packed, module._parameters["bias"], dtype)
-
-
-@contextmanager
-def progress_bar(total: int, progress: bool, title: str) -> Iterator[Any]:
-    """A function that advances a progress bar over `total` weights."""
-    if not progress:
-        yield lambda count: None
-        return
-    from tqdm import tqdm  # type: ignore[import-untyped]  # here, so that importing us is quick
-
-    with tqdm(total=total, desc=title, unit="", unit_scale=True, delay=_BAR_DELAY_S) as bar:
-        yield bar.update
 
 
 def remaining_ties(

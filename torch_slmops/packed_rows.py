@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_slmops import modules, ops
-from torch_slmops.modules import Linear, PackedModule
+from torch_slmops.modules import Linear, PackedModule, packed_linear
 from torch_slmops.weight_view import WeightView, dequantize
 from torch_slmops.weights import QuantizedWeight
 
@@ -61,6 +60,7 @@ def interleave(weight: QuantizedWeight) -> QuantizedWeight:
         weight.bits,
         weight.group_size,
         (rows, k),
+        weight.offset,
     )
 
 
@@ -103,8 +103,8 @@ class GateUp(PackedModule):
         """The weight [2 * hidden, K], rows of the gate first; see `PackedModule.weight`."""
         rows = interleaved_rows(self.hidden)
         if torch.compiler.is_compiling():
-            return dequantize(self.packed, self._weight_shape(), self.dtype, rows)
-        return WeightView(self.packed, self._weight_shape(), self.dtype, rows)
+            return dequantize(self.packed, self._weight_shape(), self.dtype, rows, self.perm)
+        return WeightView(self.packed, self._weight_shape(), self.dtype, rows, self.perm)
 
     def _assign_weight(self, value: Tensor) -> None:
         raise _read_only("gate and up")
@@ -112,17 +112,15 @@ class GateUp(PackedModule):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Returns [2 * hidden, K] of `dtype` or the module's dtype, rows of the gate first."""
         rows = interleaved_rows(self.hidden)
-        return dequantize(self.packed, self._weight_shape(), dtype or self.dtype, rows)
+        return dequantize(self.packed, self._weight_shape(), dtype or self.dtype, rows, self.perm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [..., 2 * hidden] for x of [..., K]: the slow path, for others than `swiglu`."""
-        if x.requires_grad and torch.is_grad_enabled():
-            ops.refuse_gradient("gate_up")
         rows, bias = interleaved_rows(self.hidden), None
         if self.bias is not None:
             bias = self.bias.new_zeros(padded_rows(self.hidden))
             bias[rows] = self.bias.detach()
-        y: Tensor = modules._linear(x, self.packed, padded_rows(self.hidden), bias)
+        y = packed_linear(x, self.packed, padded_rows(self.hidden), bias, self.perm)
         return y[..., rows]
 
     def extra_repr(self) -> str:
@@ -176,8 +174,8 @@ class Rows(nn.Module):
             rows = interleaved_rows(source.hidden)[self.start : self.stop]
         shape = (self.out_features, self.in_features)
         if torch.compiler.is_compiling():
-            return dequantize(source.packed, shape, source.dtype, rows)
-        return WeightView(source.packed, shape, source.dtype, rows)
+            return dequantize(source.packed, shape, source.dtype, rows, source.perm)
+        return WeightView(source.packed, shape, source.dtype, rows, source.perm)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):

@@ -179,7 +179,7 @@ def plan_structure(model: nn.Module, recipe: Recipe, file: str) -> Structure:
             packed[name] = replacements[old] = _replacement(old, name, layer.kind, file)
         if type(packed[name]).__name__ != layer.kind:
             raise _mismatch(file, name, layer.kind, type(packed[name]).__name__)
-        packed[name].calibrated = layer.calibrated
+        packed[name].calibrated, packed[name].origin = layer.calibrated, layer.origin
     if unknown := packed.keys() - recipe.layers.keys():
         raise _mismatch(file, min(unknown), "no packed layer", "one")
     for name, module in packed.items():
@@ -189,6 +189,15 @@ def plan_structure(model: nn.Module, recipe: Recipe, file: str) -> Structure:
         if len(owners) == 1 or (owners and owners[1] not in packed):
             raise SavedModelError(
                 f"{file}: {name}: expected to share a packed weight, not {source}"
+            )
+        if len(owners) < 2:
+            continue
+        # A module that is used twice has a second name, which is not in `packed`.
+        own = packed.get(owners[0]) or replacements.get(_module(model, owners[0], file))
+        if own is not None and own._packed_shape() != packed[owners[1]]._packed_shape():
+            raise SavedModelError(
+                f"{file}: {name}: expected to share a weight of {own._packed_shape()}, {source} is "
+                f"one of {packed[owners[1]]._packed_shape()}"
             )
     return Structure(model, recipe, file, swaps, replacements, packed)
 

@@ -37,11 +37,15 @@ class SavedModelError(ValueError):
 
 @dataclass(frozen=True)
 class Layer:
-    """A packed module: its class, its dtype (as torch says it), whether it was calibrated."""
+    """A packed module: its class, its dtype (as torch says it), whether it was calibrated.
+
+    `origin`: which format of another tool its codes come from, in words.
+    """
 
     kind: str
     dtype: str
     calibrated: bool
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,8 @@ def recipe_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Recipe, 
     packages: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, PackedModule):
-            layers[name] = Layer(type(module).__name__, _name(module.dtype), module.calibrated)
+            kind, dtype = type(module).__name__, _name(module.dtype)
+            layers[name] = Layer(kind, dtype, module.calibrated, module.origin)
         if isinstance(module, Fused):
             blocks[name] = facts(module.slmops)
             packages.add(type(module).__bases__[1].__module__.partition(".")[0])
@@ -224,6 +229,8 @@ def _from_plain(plain: Any) -> Recipe:
     for layer in layers.values():
         if not isinstance(getattr(torch, layer.dtype, None), torch.dtype):
             raise ValueError(f"dtype {layer.dtype!r}")
+        if not isinstance(layer.origin, str):
+            raise ValueError(f"origin {layer.origin!r}")
     left = plain["left"]
     if left is not None:
         left = {name: (str(what), str(why)) for name, (what, why) in left.items()}

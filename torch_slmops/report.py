@@ -6,14 +6,19 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from torch_slmops.attention import NAME
+from torch_slmops.budget import Budget, Choice
 from torch_slmops.fuse import looks_like_a_block
 from torch_slmops.fused import Fused, FusedAttention
 from torch_slmops.isa import isa
 from torch_slmops.modules import Embedding, PackedModule
+from torch_slmops.notes import budget_of, left_of
 from torch_slmops.packed_rows import Rows
+from torch_slmops.stack import connects_only
 from torch_slmops.survey import Site, find_sites
 
 __all__ = ["FusedRow", "LeftRow", "PackedRow", "Report", "UnfusedRow", "report"]
@@ -99,6 +104,7 @@ class Report:
         bytes_after: All parameters and buffers now.
         not_portable: Classes of modules, with their numbers, that compute by other code than the
             ops of this package; their results may differ between CPUs.
+        budget: What `optimize(max_kl=...)` chose, predicted and measured; else None.
     """
 
     model: str
@@ -110,6 +116,7 @@ class Report:
     bytes_before: int
     bytes_after: int
     not_portable: tuple[tuple[str, int], ...]
+    budget: Budget | None = None
 
     @property
     def bit_portable(self) -> bool:
@@ -141,6 +148,8 @@ class Report:
                 ("blocks", "", "class", "why"),
                 [(u.name, f"x{u.count}", u.what, u.reason) for u in self.unfused],
             )
+        if self.budget is not None:
+            lines += _budget_lines(self.budget)
         smaller = self.bytes_before / max(self.bytes_after, 1)
         before, after = _mb(self.bytes_before), _mb(self.bytes_after)
         lines += [
@@ -175,7 +184,8 @@ def report(model: nn.Module) -> Report:
     ours = {module for module in model.modules() if _is_ours(module)}
     for block in list(ours):
         if isinstance(block, Fused):  # what it passes by, such as an activation
-            ours.update(block.get_submodule(name) for name in block._inner())
+            inner = [block.get_submodule(name) for name in block._inner()]
+            ours.update(module for module in inner if not isinstance(module, FusedAttention))
     others = Counter(
         _class(module)
         for module in model.modules()
@@ -191,14 +201,44 @@ def report(model: nn.Module) -> Report:
         bytes_after + saved,
         bytes_after,
         tuple(others.items()),
+        budget_of(model),
     )
+
+
+def _budget_lines(budget: Budget) -> list[str]:
+    """The budget, and the KL of its choices, those of alike pieces in one format together."""
+    measured = budget.measured
+    groups: dict[tuple[str, str], list[Choice]] = {}
+    for choice in budget.choices:
+        groups.setdefault((_pattern(choice.name), choice.format), []).append(choice)
+    ordered = sorted(groups.items(), key=lambda group: -sum(c.kl for c in group[1]))
+    return [
+        "",
+        f"budget: mean KL at most {budget.max_kl:g} nats per token; predicted "
+        f"{budget.predicted:.3g}, measured {measured.value:.3g} (95 % interval {measured.low:.3g} "
+        f"to {measured.high:.3g}, {budget.tokens} tokens)",
+        *_table(
+            ("quantized alone", "", "format", "KL", "MB"),
+            [
+                (
+                    pattern if len(choices) > 1 else choices[0].name,
+                    f"x{len(choices)}",
+                    how,
+                    f"{sum(c.kl for c in choices):.2g}",
+                    _mb(sum(c.bytes for c in choices)),
+                )
+                for (pattern, how), choices in ordered
+            ],
+        ),
+    ]
 
 
 def _is_ours(module: nn.Module) -> bool:
     """Whether it computes with nothing but the ops of this package, or exactly."""
-    if isinstance(module, FusedAttention):  # softmax and its two matrix products are torch's
-        return False
-    return isinstance(module, PackedModule | Rows | Fused)
+    if isinstance(module, FusedAttention):  # else softmax and its two matrix products are torch's
+        config: Any = module.config
+        return module.slmops.row.forward is None and config._attn_implementation == NAME
+    return isinstance(module, PackedModule | Rows | Fused) or connects_only(module)
 
 
 def _class(module: nn.Module) -> str:
@@ -220,7 +260,7 @@ def _fused_rows(model: nn.Module) -> tuple[FusedRow, ...]:
 
 
 def _unfused_rows(model: nn.Module) -> tuple[UnfusedRow, ...]:
-    notes: dict[str, tuple[str, str]] | None = vars(model).get("_slmops_left")
+    notes = left_of(model)
     if notes is None:
         unasked = "optimize was not called, or with fuse=False"
         notes = {
@@ -293,7 +333,8 @@ def _was(module: nn.Module) -> str:
 
 def _now(module: nn.Module) -> str:
     assert isinstance(module, PackedModule)
-    return module.format() + (", calibrated" if module.calibrated else "")
+    notes = ["calibrated"] * module.calibrated + [module.origin] * bool(module.origin)
+    return ", ".join([module.format(), *notes])
 
 
 def _left_rows(sites: Iterable[Site]) -> tuple[LeftRow, ...]:

@@ -18,7 +18,27 @@ from torch import nn
 from torch_slmops.fused import read, scaling_of
 from torch_slmops.fused_decoder import FusedDecoderLayer, Run
 
-__all__ = ["link_runs"]
+__all__ = ["connects_only", "link_runs"]
+
+# What the forward of a model may call besides its children, and nothing is computed but integers,
+# masks and what every CPU rounds alike: sums, products and quotients of elements.
+_CONNECTING = {
+    "BaseModelOutputWithPast",
+    "CausalLMOutputWithPast",
+    "DynamicCache",
+    "ValueError",
+    "create_causal_mask",
+    "create_sliding_window_causal_mask",
+    "decoder_layer",  # by the loop over a list of children
+    "enumerate",
+    "isinstance",
+    "mask_function",
+    "past_key_values.get_seq_length",
+    "position_ids.unsqueeze",
+    "self.loss_function",  # of labels; no output depends on it
+    "slice_logits_to_keep",
+    "torch.arange",
+}
 
 
 def link_runs(model: nn.Module) -> None:
@@ -65,19 +85,44 @@ def _key(layer: Any) -> object:
 
 def _plain_loop(parent: nn.Module, name: str) -> bool | None:
     """Whether the loop over `parent.<name>` ends at config.num_hidden_layers; None if not plain."""
-    try:
-        source = inspect.getsource(inspect.unwrap(type(parent).forward))
-        tree = ast.parse(textwrap.dedent(source))
-    except (OSError, TypeError, SyntaxError):
+    tree = _source(parent)
+    if tree is None:
         return None
     uses = [node for node in ast.walk(tree) if _is_list(node, name)]
     loops = [node for node in ast.walk(tree) if isinstance(node, ast.For)]
     found = [(loop, _iterated(loop, name)) for loop in loops]
     found = [(loop, layers) for loop, layers in found if layers is not None]
-    if len(uses) != 1 or len(found) != 1 or "forward" in vars(parent):
+    if len(uses) != 1 or len(found) != 1:
         return None
     loop, bounded = found[0]
     return bounded if _is_chain(loop) else None
+
+
+def connects_only(module: nn.Module) -> bool:
+    """Whether the forward of `module` is known to do nothing but to connect its children."""
+    forward = _source(module)
+    if forward is None:
+        return False
+    children = {f"self.{name}" for name in module._modules}
+    calls = {ast.unparse(node.func) for node in ast.walk(forward) if isinstance(node, ast.Call)}
+    products = [node for node in ast.walk(forward) if isinstance(node, ast.MatMult | ast.Pow)]
+    return bool(calls) and calls <= _CONNECTING | children and not products
+
+
+def _source(module: nn.Module) -> ast.FunctionDef | None:
+    """The forward of a module's class, without its decorators; None if there is no source."""
+    if "forward" in vars(module):
+        return None
+    try:
+        source = inspect.getsource(inspect.unwrap(type(module).forward))
+        tree = ast.parse(textwrap.dedent(source))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    found = tree.body[0]
+    if not isinstance(found, ast.FunctionDef):
+        return None
+    found.decorator_list = []
+    return found
 
 
 def _is_list(node: ast.AST, name: str) -> bool:

@@ -17,7 +17,8 @@ from torch_slmops.attention import use_own_attention
 from torch_slmops.fuse import TABLES, Block, Left
 from torch_slmops.fused import AttentionSpec, ExpertsSpec
 from torch_slmops.notes import note_left, note_options
-from torch_slmops.optimize import Codes, Work, carry_out, make_formats, plan_work, progress_bar
+from torch_slmops.optimize import Codes, Work, carry_out, make_formats, plan_work
+from torch_slmops.progress import progress_bar
 from torch_slmops.rebuild import real_tensors
 from torch_slmops.survey import Site, weight_key
 
@@ -107,9 +108,13 @@ class Stream:
             Nothing for transformers to put into the model.
         """
         for name, value in input_dict.items():
-            self._take(model, name, value[0] if isinstance(value, list) else value)
             if missing_keys is not None:
                 missing_keys.discard(name)
+            if self._error is None:
+                try:
+                    self._take(model, name, value[0] if isinstance(value, list) else value)
+                except Exception as error:  # transformers would only log it here: see `finish`
+                    self._error = error
         return {}
 
     def _take(self, model: nn.Module, name: str, value: Tensor) -> None:
@@ -119,33 +124,24 @@ class Stream:
         before = module._parameters[leaf]
         assert before is not None
         if value.shape != before.shape:
-            raise self._failed(
-                ValueError(
-                    f"{name}: expected the shape {tuple(before.shape)}, got {tuple(value.shape)}"
-                )
+            raise ValueError(
+                f"{name}: expected the shape {tuple(before.shape)}, got {tuple(value.shape)}"
             )
         module._parameters[leaf] = _loaded(value)
         unit.missing.discard(name)
         if unit.missing:
             return
-        try:
-            with real_tensors():
-                carry_out(model, unit.work, Codes(), lambda count: None)
-        except Exception as error:  # transformers would only log it, and go on
-            raise self._failed(error) from None
+        with real_tensors():
+            carry_out(model, unit.work, Codes(), lambda count: None)
         for block in unit.work.blocks:
             # transformers would initialize what is not there any more.
             vars(block.module)["_is_hf_initialized"] = True
-
-    def _failed(self, error: Exception) -> Exception:
-        self._error = self._error or error
-        return error
 
     def finish(self, model: nn.Module) -> None:
         """Does what is left, when all weights are there.
 
         Raises:
-            ValueError: As `optimize`.
+            ValueError: As `optimize`, or a tensor of another shape; then nothing was packed after.
         """
         if self._error is not None:
             raise self._error

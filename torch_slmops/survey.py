@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
+from torch_slmops.foreign import source_of
 from torch_slmops.modules import PackedModule
 from torch_slmops.weights import FLOAT_DTYPES
 
@@ -152,6 +153,8 @@ def check_model(model: object) -> None:
         )
     _check_unquantized(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if source_of(tensor) is not None:
+            continue
         if tensor.device.type == "meta":
             raise ValueError(
                 f"optimize: {name} is on the meta device and has no values; load the weights first "

@@ -19,13 +19,20 @@ __all__ = ["WeightView", "dequantize"]
 
 
 def dequantize(
-    packed: Tensor, shape: tuple[int, int], dtype: torch.dtype, rows: Tensor | None = None
+    packed: Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    rows: Tensor | None = None,
+    perm: Tensor | None = None,
 ) -> Tensor:
     """Returns the values of a packed weight, of `shape` (N, K) and `dtype`.
 
-    `rows`, int64 [N], names the packed rows, where they are not 0..N-1.
+    `rows`, int64 [N], names the packed rows, where they are not 0..N-1. `perm`, int64 [K], is the
+    input that each packed column belongs to, where they are not in order.
     """
-    return ops.embedding(torch.arange(shape[0]) if rows is None else rows, packed, shape[1], dtype)
+    rows = torch.arange(shape[0]) if rows is None else rows
+    values = ops.embedding(rows, packed, shape[1], dtype)
+    return values if perm is None else values.index_select(1, torch.argsort(perm))
 
 
 # Writes that reach no mutating op of the view itself: they would change a dequantized copy.
@@ -45,10 +52,12 @@ class WeightView(torch.Tensor):
     Attributes:
         packed: The packed weight, uint8 [bytes].
         rows: Which of its rows, int64 [N], or None for 0..N-1.
+        perm: The input of each packed column, int64 [K], or None for 0..K-1.
     """
 
     packed: Tensor
     rows: Tensor | None
+    perm: Tensor | None
     # torch.nn.Parameter's instance check asks for this mark. A module's `weight` has to pass it:
     # transformers' tie_weights looks for parameters.
     _is_param = True
@@ -62,11 +71,13 @@ class WeightView(torch.Tensor):
         shape: tuple[int, int],
         dtype: torch.dtype,
         rows: Tensor | None = None,
+        perm: Tensor | None = None,
     ) -> WeightView:
         make: Any = torch.Tensor._make_wrapper_subclass
         view: WeightView = make(cls, shape, dtype=dtype, device=packed.device)
         view.packed = packed
         view.rows = rows
+        view.perm = perm
         return view
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -75,14 +86,15 @@ class WeightView(torch.Tensor):
         )
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        return WeightView, (self.packed, tuple(self.shape), self.dtype, self.rows)
+        return WeightView, (self.packed, tuple(self.shape), self.dtype, self.rows, self.perm)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightView:
         return self  # read-only
 
     def dequantize(self) -> Tensor:
         """Returns the values, [N, K] of this dtype."""
-        return dequantize(self.packed, (self.shape[0], self.shape[1]), self.dtype, self.rows)
+        shape = (self.shape[0], self.shape[1])
+        return dequantize(self.packed, shape, self.dtype, self.rows, self.perm)
 
     @classmethod
     def __torch_function__(
@@ -109,7 +121,8 @@ class WeightView(torch.Tensor):
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             view: WeightView = args[0]
-            return WeightView(view.packed, (view.shape[0], view.shape[1]), view.dtype, view.rows)
+            shape = (view.shape[0], view.shape[1])
+            return WeightView(view.packed, shape, view.dtype, view.rows, view.perm)
         if func._schema.is_mutable and args and isinstance(args[0], WeightView):
             raise _read_only(func)
         values = tree_map_only(WeightView, WeightView.dequantize, (args, dict(kwargs or {})))

@@ -31,8 +31,8 @@ class QuantizedWeight:
     """A quantized weight of N outputs and K inputs; G = ceil(K / group_size).
 
     Scale kind "group": `w[n,k] = scale[n,g] * (codes[n,k] - zero_point[n,g])` with g = k's group;
-    a missing zero point is 8 (4 bits) or 128 (8 bits). Scale kind "sub16":
-    `w[n,k] = scale[n] * (sub_scale[n, k // 16] * (codes[n,k] - 8))`.
+    a missing zero point is 8 (4 bits) or 128 (8 bits); or `scale * codes + zero_point` if that is
+    an offset. Scale kind "sub16": `w[n,k] = scale[n] * (sub_scale[n, k // 16] * (codes[n,k] - 8))`.
 
     Attributes:
         codes: uint8 [N, K], in 0..15 or 0..255.
@@ -42,6 +42,7 @@ class QuantizedWeight:
         bits: 4 or 8.
         group_size: Inputs that share a scale, or -1 for all K; 16 for "sub16".
         shape: (N, K).
+        offset: `zero_point` is added after the scale; it is of the scale's dtype.
     """
 
     codes: Tensor
@@ -51,6 +52,7 @@ class QuantizedWeight:
     bits: int
     group_size: int
     shape: tuple[int, int]
+    offset: bool = False
 
     @property
     def scale_kind(self) -> str:
@@ -59,7 +61,8 @@ class QuantizedWeight:
 
     def __repr__(self) -> str:
         kind = "sub16" if self.scale_kind == "sub16" else f"group_size={self.group_size}"
-        zero = "symmetric" if self.zero_point is None else f"zero_point={self.zero_point.dtype}"
+        name = "offset" if self.offset else "zero_point"
+        zero = "symmetric" if self.zero_point is None else f"{name}={self.zero_point.dtype}"
         return f"QuantizedWeight({self.shape}, int{self.bits}, {kind}, {self.scale.dtype}, {zero})"
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -79,6 +82,9 @@ class QuantizedWeight:
             value = (self.codes.to(torch.int32) - _middle(self.bits)).float()
         else:
             zero = self.zero_point.float().repeat_interleave(group, dim=1)[:, :k]
+            if self.offset:
+                # The product has 19 bits or fewer, so the sum alone is rounded.
+                return (self.codes.float() * scale + zero).to(dtype)
             value = self.codes.float() - zero
         return (value * scale).to(dtype)
 
@@ -97,7 +103,7 @@ class QuantizedWeight:
                 or an argument is not one of the above.
         """
         if act_group is None:
-            act_group = self._default_act_group()
+            act_group = default_act_group(self.bits, self.group_size, self.shape[1])
         n, k = self.shape
         zero = self.zero_point is not None
         out = memory.empty(
@@ -113,17 +119,9 @@ class QuantizedWeight:
             self.group_size,
             act_group,
             activations,
+            self.offset,
         )
         return out
-
-    def _default_act_group(self) -> int:
-        k = self.shape[1]
-        group = -(-k // 32) * 32 if self.group_size == -1 else self.group_size
-        candidates = (128, 64, 32) if self.bits == 4 else (32,)
-        for size in candidates:
-            if k % size == 0 and (size % group == 0 or group % size == 0):
-                return size
-        return 32
 
     @staticmethod
     def unpack(packed: Tensor) -> QuantizedWeight:
@@ -144,6 +142,7 @@ class QuantizedWeight:
             header.bits,
             header.group_size,
             (header.n, header.k),
+            header.zero_kind == "offset",
         )
 
     @staticmethod
@@ -156,6 +155,7 @@ class QuantizedWeight:
         bits: int,
         group_size: int,
         round_scales: bool = False,
+        offset: bool = False,
     ) -> QuantizedWeight:
         """Takes over codes and scales that were made elsewhere; the values stay what they were.
 
@@ -174,6 +174,7 @@ class QuantizedWeight:
             round_scales: Rounds float32 scales (and floating zero points) that no 16-bit type holds
                 to the nearest, in float16 if all non-zero ones lie in 2^-14..65504, else bfloat16.
                 The weight then differs from the original by up to 2^-11 (2^-8) of each value.
+            offset: `zero_point`, floating, is the m of `w = scale * codes + m`; codes are unsigned.
 
         Raises:
             ValueError: A shape, a range or a value that is not as above.
@@ -185,6 +186,8 @@ class QuantizedWeight:
             raise TypeError(f"codes: expected uint8 or int8, got {codes.dtype}")
         shift = _middle(bits) if signed else 0
         codes = _unsigned(codes, shift, bits)
+        if offset and (signed or zero_point is None or not zero_point.is_floating_point()):
+            raise ValueError("offset: expected uint8 codes and a floating zero_point beside it")
         if sub_scale is not None:
             return _sub16_parts(codes, scale, zero_point, sub_scale, bits, group_size)
         _expect_shape("scale", scale, (n, groups))
@@ -196,7 +199,7 @@ class QuantizedWeight:
         dtype = _scale_dtype(floats, round_scales)
         if zero is not None and zero.is_floating_point():
             zero = zero.to(dtype)
-        return QuantizedWeight(codes, scale.to(dtype), zero, None, bits, group_size, (n, k))
+        return QuantizedWeight(codes, scale.to(dtype), zero, None, bits, group_size, (n, k), offset)
 
     @staticmethod
     def from_torchao(tensor: Any, *, round_scales: bool = False) -> QuantizedWeight:
@@ -287,6 +290,16 @@ def quantize_weight(
         group_size,
         (w.shape[0], w.shape[1]),
     )
+
+
+def default_act_group(bits: int, group_size: int, k: int) -> int:
+    """Returns what `pack` takes for `act_group` if it is given none."""
+    group = -(-k // 32) * 32 if group_size == -1 else group_size
+    candidates = (128, 64, 32) if bits == 4 else (32,)
+    for size in candidates:
+        if k % size == 0 and (size % group == 0 or group % size == 0):
+            return size
+    return 32
 
 
 def resolve_scales(

@@ -8,6 +8,8 @@
 #include <stdexcept>
 #if defined(__x86_64__)
 #include "x86_features.h"
+#elif defined(__aarch64__)
+#include "arm_features.h"
 #endif
 
 namespace slmops {
@@ -50,6 +52,29 @@ constexpr IsaRow kRows[] = {
 
 uint32_t system_features() { return x86_features(); }
 
+#elif defined(__aarch64__)
+
+namespace neon_dotprod {
+extern const KernelTable kernels;
+}
+namespace neon_i8mm {
+extern const KernelTable kernels;
+}
+
+namespace {
+
+constexpr IsaRow kRows[] = {
+    {"neon_i8mm", kDot | kI8mm, &neon_i8mm::kernels},
+    {"neon_dotprod", kDot, &neon_dotprod::kernels},
+    {"scalar", 0, &scalar::kernels},
+};
+
+uint32_t permitted(uint32_t features) { return features; }
+
+}  // namespace
+
+uint32_t system_features() { return arm_features(); }
+
 #else
 
 namespace {
@@ -77,7 +102,8 @@ constexpr FeatureName kFeatureNames[] = {
     {"avx512_bw", kAvx512bw}, {"avx512_vl", kAvx512vl},
     {"avx512_dq", kAvx512dq}, {"avx512_vnni", kAvx512vnni},
     {"avx_vnni", kAvxVnni},   {"amx_tile", kAmxTile},
-    {"amx_int8", kAmxInt8},
+    {"amx_int8", kAmxInt8},   {"dot", kDot},
+    {"i8mm", kI8mm},
 };
 
 constexpr uint32_t kNotGiven = 1u << 31;  // no feature has this bit

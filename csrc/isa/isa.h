@@ -19,6 +19,8 @@ enum Feature : uint32_t {
   kAvxVnni = 1u << 8,
   kAmxTile = 1u << 9,
   kAmxInt8 = 1u << 10,
+  kDot = 1u << 16,
+  kI8mm = 1u << 17,
 };
 
 struct IsaRow {

@@ -2,8 +2,9 @@
 // weighted sum of v, merged in ascending order. docs/arithmetic.md, "attention", has every
 // rounding.
 //
-// For q k^T the lanes are 16 keys, from a transposed copy of the split that all queries of an item
-// share; for p v they are elements of v. Nothing is summed across lanes but the sum of p.
+// For q k^T the lanes are 16 keys, from blocks of keys, or from a transposed copy of the split that
+// all queries of an item share; for p v they are elements of v. Nothing is summed across lanes but
+// the sum of p.
 #pragma once
 #include "attention_inputs.h"
 
@@ -102,18 +103,19 @@ inline void finish(const AttentionArgs& args, const float* state, int64_t row) {
 
 /// The parts of rows [row, row + count), at most kBlockRows, of the split whose position 0 is slot
 /// `first`, into w.parts.
-inline void split_rows(const AttentionArgs& args, const Item& item, int64_t first, const Values& v,
-                       int64_t row, int64_t count, const Workspace& w) {
+inline void split_rows(const AttentionArgs& args, const Item& item, int64_t first, const Keys& k,
+                       const Values& v, int64_t row, int64_t count, const Workspace& w) {
   const Range seen = join(w, row, count);
   for (int64_t i = 0; i < count; ++i) w.parts[i * w.part] = -kInfinity;
   if (seen.begin >= seen.end) return;
   const Range blocks = whole_blocks(seen);
   with_rows(count, [&](auto rows) {
     constexpr int kRows = decltype(rows)::value;
-    key_products<kRows>(w.q + row * args.d, w.keys, args.d, blocks.begin, blocks.end, w.scores);
+    const Range keys = whole_blocks({seen.begin + k.shift, seen.end + k.shift});
+    key_products<kRows>(w.q + row * args.d, k, args.d, keys.begin, keys.end, w.scores);
     bool positive = true;
     for (int64_t i = 0; i < count; ++i) {
-      float* s = w.scores + i * kSplit;
+      float* s = w.scores + i * kScoreStride;
       mask_scores(args, item, row + i, first, blocks, w, s);
       positive &= softmax(blocks, s, w.parts + i * w.part);
     }
@@ -133,14 +135,17 @@ inline void run_split(const AttentionArgs& args, const Item& item, int64_t first
   const int64_t rows = item.rows();
   find_ranges(args, item, first, w);
   const Range seen = join(w, 0, rows);
+  Keys k = {};
   Values v = {};
   if (seen.begin < seen.end) {
-    load_keys(head_rows(args.k, item.b, item.kv_head), first, seen, args.d, w);
+    const HeadRows keys = head_rows(args.k, item.b, item.kv_head);
+    k = args.k_blocked ? find_blocked_keys(args, keys, first, seen, rows, w)
+                       : load_keys(keys, first, seen, args.d, w);
     v = load_values(args, head_rows(args.v, item.b, item.kv_head), first, seen, rows, w);
   }
   for (int64_t row = 0; row < rows; row += kBlockRows) {
     const int64_t count = rows - row < kBlockRows ? rows - row : kBlockRows;
-    split_rows(args, item, first, v, row, count, w);
+    split_rows(args, item, first, k, v, row, count, w);
     for (int64_t i = 0; i < count; ++i) take(row + i, w.parts + i * w.part);
   }
 }

@@ -25,9 +25,9 @@ struct Workspace {
     };
     q = take(padded * args.d);
     states = take(padded * part);
-    keys = take(kSplit * args.d);
+    keys = take((kSplit + kKeyBlock) * args.d);
     values = take(kSplit * part);
-    scores = take(kQueryRows * kSplit);
+    scores = take(kQueryRows * kScoreStride) + kKeyBlock;
     parts = take(kQueryRows * part);
     begin = reinterpret_cast<int64_t*>(next);
     end = begin + padded;
@@ -35,9 +35,9 @@ struct Workspace {
   int64_t part, v_stride;
   float* q;        // [rows][d]
   float* states;   // [rows][part]: max, sum, from 16 on the weighted sum of v
-  float* keys;     // [16][d][16]: blocks of 16 positions of the split, d-major
+  float* keys;     // [17][d][16]: blocks of 16 keys, d-major
   float* values;   // [256][v_stride]
-  float* scores;   // [8][256]
+  float* scores;   // [8][kScoreStride], at position 0 of the first row
   float* parts;    // [8][part]
   int64_t* begin;  // [rows]: positions of the split that a row may see are in [begin, end)
   int64_t* end;
@@ -149,10 +149,24 @@ SLMOPS_INLINE void load_bf16_pairs(const HeadRows& k, int64_t slot, int64_t e, f
   }
 }
 
+/// As `load_keys`, of keys that lie in blocks already: in place where they are read once, else as
+/// fp32 in w.keys.
+inline Keys find_blocked_keys(const AttentionArgs& args, const HeadRows& k, int64_t first,
+                              Range seen, int64_t rows, const Workspace& w) {
+  const int64_t slot = first + seen.begin;  // not negative: there are keys in `seen`
+  const int64_t from = slot / kKeyBlock * kKeyBlock, d = args.d;
+  const uint8_t* data = k.data + from * d * size_of(k.type);
+  const int64_t shift = first - from;
+  if (rows <= kBlockRows) return {data, k.type, shift};
+  const int64_t to = (first + seen.end + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
+  convert(data, k.type, w.keys, DType::f32, (to - from) * d);
+  return {reinterpret_cast<const uint8_t*>(w.keys), DType::f32, shift};
+}
+
 /// Positions `seen` of the split, 16 by 16 transposed, into w.keys; zeros around them.
 // Asking here for the split's values and the next split's keys made it slower: 2.3 against 1.8 ms
 // for a query on 8192 bf16 keys from memory (32 / 8 heads of 64, one Zen 4 core; 1.2 from caches).
-inline void load_keys(const HeadRows& k, int64_t first, Range seen, int64_t d, const Workspace& w) {
+inline Keys load_keys(const HeadRows& k, int64_t first, Range seen, int64_t d, const Workspace& w) {
   const Range blocks = whole_blocks(seen);
   with_type(k.type, [&](auto constant) {
     constexpr DType kType = decltype(constant)::value;
@@ -173,6 +187,7 @@ inline void load_keys(const HeadRows& k, int64_t first, Range seen, int64_t d, c
       }
     }
   });
+  return {reinterpret_cast<const uint8_t*>(w.keys), DType::f32, 0};
 }
 
 /// Where the products read v: in place where its rows are whole vectors, read once; else from

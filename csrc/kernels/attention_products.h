@@ -57,23 +57,34 @@ SLMOPS_INLINE void store_sums(const F32 (&sum)[kRows][kVectors], float* out, int
   }
 }
 
-/// scores[row][i] for positions i in [begin, end), multiples of 16. q: [kRows][d]; keys:
-/// [16][d][16]; a row of scores has kSplit.
+/// Keys of a split in blocks of 16, d-major: data is the first block's. Key j of them is at
+/// position j - shift of the split.
+struct Keys {
+  const uint8_t* data;
+  DType type;
+  int64_t shift;
+};
+
+/// scores[row][j - shift] for keys j in [begin, end), multiples of 16. q: [kRows][d].
 template <int kRows>
-inline void key_products(const float* q, const float* keys, int64_t d, int64_t begin, int64_t end,
+inline void key_products(const float* q, const Keys& keys, int64_t d, int64_t begin, int64_t end,
                          float* scores) {
-  for_vectors<vectors_of(kRows)>(begin, end, [&](int64_t i, auto vectors) {
-    constexpr int kVectors = decltype(vectors)::value;
-    const float* k = keys + i * d;
-    F32 sum[kRows][kVectors];
-    clear(sum);
-    for (int64_t e = 0; e < d; ++e) {
-      F32 x[kVectors];
+  with_type(keys.type, [&](auto constant) {
+    constexpr DType kType = decltype(constant)::value;
+    for_vectors<vectors_of(kRows)>(begin, end, [&](int64_t i, auto vectors) {
+      constexpr int kVectors = decltype(vectors)::value;
+      F32 sum[kRows][kVectors];
+      clear(sum);
+      for (int64_t e = 0; e < d; ++e) {
+        F32 x[kVectors];
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) x[j] = load(k + (j * d + e) * kLanes);
-      add_products(q + e, d, x, sum);
-    }
-    store_sums(sum, scores + i, kSplit);
+        for (int j = 0; j < kVectors; ++j) {
+          x[j] = load_as(kType, keys.data, i * d + (j * d + e) * kLanes);
+        }
+        add_products(q + e, d, x, sum);
+      }
+      store_sums(sum, scores + i - keys.shift, kScoreStride);
+    });
   });
 }
 
@@ -103,7 +114,7 @@ inline void value_products(const float* p, const Values& v, int64_t begin, int64
         F32 x[kVectors];
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) x[j] = load_as(kType, value, e + j * kLanes);
-        add_products(p + i, kSplit, x, sum);
+        add_products(p + i, kScoreStride, x, sum);
       }
       store_sums(sum, out + e, out_stride);
     });
@@ -114,7 +125,7 @@ inline void value_products(const float* p, const Values& v, int64_t begin, int64
 inline void careful_value_products(const float* p, int64_t rows, const Values& v, int64_t begin,
                                    int64_t end, float* out, int64_t out_stride) {
   const int64_t width = (v.dv + kLanes - 1) / kLanes * kLanes;
-  for (int64_t r = 0; r < rows; ++r, p += kSplit, out += out_stride) {
+  for (int64_t r = 0; r < rows; ++r, p += kScoreStride, out += out_stride) {
     for (int64_t e = 0; e < width; e += kLanes) {
       F32 sum = splat(0.0f);
       for (int64_t i = begin; i < end; ++i) {

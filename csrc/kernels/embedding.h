@@ -1,4 +1,4 @@
-// out[i][k] = w[ids[i]][k] = s * (u - z): rows of a packed weight as floats.
+// out[i][k] = w[ids[i]][k] = s * (u - z), or s * u + m: rows of a packed weight as floats.
 #pragma once
 #include "common.h"
 
@@ -19,9 +19,10 @@ inline F32 splat_scale(DType t, const uint8_t* p) {
   return load_scale(t, repeated);
 }
 
-/// w = (u - zero) * scale; for sub16 u is already sub * (u - 8).
+/// w = fma(u, slope, shift) * scale: (u - z) * s, or s * u + m; for sub16 u is already
+/// sub * (u - 8).
 struct Affine {
-  F32 scale, zero;
+  F32 slope, shift, scale;
 };
 
 inline Affine affine_at(const Format& f, const uint8_t* tile, const uint8_t* group,
@@ -29,7 +30,7 @@ inline Affine affine_at(const Format& f, const uint8_t* tile, const uint8_t* gro
   if (f.scale_kind == ScaleKind::sub16) {
     float own;
     memcpy(&own, tile + f.k_padded / kSubBlock * kSubBlockBytes + output * 4, sizeof(own));
-    return {splat(own), splat(0.0f)};
+    return {splat(1.0f), splat(0.0f), splat(own)};
   }
   const uint8_t* scale = group + f.group * kTile * f.bits / 8 + 2 * output;
   F32 zero = splat(f.bits == 4 ? 8.0f : 128.0f);
@@ -37,10 +38,12 @@ inline Affine affine_at(const Format& f, const uint8_t* tile, const uint8_t* gro
     int16_t z;
     memcpy(&z, scale + kLineBytes, sizeof(z));
     zero = splat(static_cast<float>(z));
-  } else if (f.zero_kind == ZeroKind::floating) {
+  } else if (f.zero_kind != ZeroKind::none) {
     zero = splat_scale(f.scale_type, scale + kLineBytes);
   }
-  return {splat_scale(f.scale_type, scale), zero};
+  const F32 s = splat_scale(f.scale_type, scale);
+  if (f.zero_kind == ZeroKind::offset) return {s, zero, splat(1.0f)};
+  return {splat(1.0f), negate(zero), s};
 }
 
 inline void embedding_row(const Format& f, const uint8_t* tile, int64_t output, DType type,
@@ -57,7 +60,7 @@ inline void embedding_row(const Format& f, const uint8_t* tile, int64_t output, 
         const int32_t sub = i / kSubGroup % 2 == 0 ? pair & 15 : pair >> 4;
         for (int32_t& v : u) v = (v - 8) * sub;
       }
-      const F32 w = (to_f32(load_i32(u)) - affine.zero) * affine.scale;
+      const F32 w = fma(to_f32(load_i32(u)), affine.slope, affine.shift) * affine.scale;
       const int64_t count = f.k - start - i < kLanes ? f.k - start - i : kLanes;
       if (count == kLanes) {
         store_as(type, out, start + i, w);

@@ -15,6 +15,14 @@ inline Angles angles_at(const HeadsArgs& args, int64_t row) {
           args.angle_type, args.r};
 }
 
+/// One head of d elements of kSize bytes into slot `slot` of the blocks of keys at `place`.
+template <size_t kSize>
+inline void scatter_key(const uint8_t* x, int64_t d, int64_t slot, uint8_t* place) {
+  constexpr int64_t kBytes = int64_t{kSize};
+  uint8_t* to = place + (slot / kKeyBlock * kKeyBlock * d + slot % kKeyBlock) * kBytes;
+  for (int64_t e = 0; e < d; ++e) memcpy(to + e * kKeyBlock * kBytes, x + e * kBytes, kSize);
+}
+
 /// Heads [begin, end) of part `part` (0: q, 1: k, 2: v) of one row, at x.
 inline void finish_part(const HeadsArgs& args, int part, int64_t row, int64_t begin, int64_t end,
                         const Angles& angles, float* x) {
@@ -23,15 +31,23 @@ inline void finish_part(const HeadsArgs& args, int part, int64_t row, int64_t be
   const int64_t width = rotated ? args.norm_width[part] : 0;
   if (width > d) rms_norm_row(args.norm[part], x, DType::f32, x, DType::f32, width);
   const HeadsOut& to = args.out[part];
-  const int64_t at = row / args.length * to.batch_stride + row % args.length * to.length_stride;
+  const int64_t l = row % args.length, size = size_of(args.type);
+  alignas(64) uint8_t key[kMostKeyElements * sizeof(float)];
+  const int64_t at = row / args.length * to.batch_stride + (to.blocked ? 0 : l * to.length_stride);
   for (int64_t head = begin; head < end; ++head, x += d) {
-    uint8_t* out =
-        static_cast<uint8_t*>(to.data) + (at + head * to.head_stride) * size_of(args.type);
+    uint8_t* place = static_cast<uint8_t*>(to.data) + (at + head * to.head_stride) * size;
+    uint8_t* out = to.blocked ? key : place;
     if (width == d) rms_norm_row(args.norm[part], x, DType::f32, x, DType::f32, d);
     if (rotated && angles.r > 0) {
       rotate_head(angles, args.interleaved, x, DType::f32, out, args.type, d);
     } else {
       convert(x, DType::f32, out, args.type, d);
+    }
+    if (!to.blocked) continue;
+    if (size == 2) {
+      scatter_key<2>(key, d, to.first_slot + l, place);
+    } else {
+      scatter_key<4>(key, d, to.first_slot + l, place);
     }
   }
 }

@@ -123,10 +123,19 @@ struct RotaryArgs {
   void* out;  // [batch][length][heads][d] of type
 };
 
-/// Where heads [batch][length][heads][d] are written; strides in elements, d contiguous.
+/// Slots of a block of keys: element e of slot s is at (s / 16 * d + e) * 16 + s % 16 elements from
+/// a head's beginning. The lanes of q k^T are then keys without a transposition.
+constexpr int64_t kKeyBlock = 16;
+/// Elements of a head whose keys lie in blocks, at most.
+constexpr int64_t kMostKeyElements = 256;
+
+/// Where heads [batch][length][heads][d] are written; strides in elements, d contiguous, or in
+/// blocks of keys from slot `first_slot` on.
 struct HeadsOut {
   void* data;
   int64_t batch_stride, length_stride, head_stride;
+  bool blocked = false;
+  int64_t first_slot = 0;
 };
 
 /// The heads of q, k, v and what becomes of them after the projection.
@@ -169,8 +178,9 @@ constexpr int64_t kSplit = 256;
 /// one split each.
 struct AttentionArgs {
   HeadView q;  // [batch][queries][heads][d]
-  HeadView k;  // [batch][keys][kv_heads][d]
+  HeadView k;  // [batch][keys][kv_heads][d], or blocks of keys
   HeadView v;  // [batch][keys][kv_heads][dv]
+  bool k_blocked;
   int64_t batch, queries, keys, heads, kv_heads, d, dv;
   const void* mask;  // bytes, 0 or 1, or mask_type, [.][.][queries][keys]; null: none
   bool mask_is_bool;
@@ -262,16 +272,14 @@ constexpr bool fits_matrix(const Format& f, int64_t rows) {
   return rows >= kMatrixRows && f.activations == Activations::int8 &&
          matrix_span(f) / matrix_unit(f) <= kMostMatrixUnits;
 }
-/// Bytes of LinearArgs::scratch for blocks of `rows` rows: their sums; a chunk of sub16 lines, or,
-/// for a matrix unit, a span of int4 lines, expanded to int8; the integer sums of a span.
+/// Bytes of LinearArgs::scratch for blocks of `rows` rows: their sums; a chunk of lines expanded to
+/// int8; for a matrix unit the integer sums of a span.
 constexpr int64_t scratch_bytes(const Format& f, int64_t rows) {
   int64_t bytes = rows * kTile * int64_t{sizeof(float)};
   const bool matrix = fits_matrix(f, rows);
-  if (f.scale_kind == ScaleKind::sub16) {
+  if (f.activations == Activations::int8) {
     const int64_t length = chunk_length(f);
     bytes += (length < f.k_padded ? length : f.k_padded) * kTile;
-  } else if (matrix && f.bits == 4) {
-    bytes += matrix_span(f) * kTile;
   }
   if (!matrix) return bytes;
   return bytes +
@@ -285,13 +293,15 @@ constexpr int64_t quantize_scratch_floats(int64_t k, int64_t group) {
 
 /// Query rows that attention computes at a time, at most.
 constexpr int64_t kQueryRows = 8;
+/// Floats of a row of scores: those of a split, and what blocks of keys reach beyond it.
+constexpr int64_t kScoreStride = kSplit + 2 * kKeyBlock;
 /// Bytes of attention's scratch: queries, their state, a split of keys and of values, scores.
 constexpr int64_t attention_scratch_bytes(const AttentionArgs& args) {
   const int64_t group = args.kv_heads == 0 ? 0 : args.heads / args.kv_heads;
   const int64_t rows = (args.block * group + kQueryRows - 1) / kQueryRows * kQueryRows;
   const int64_t part = part_floats(args.dv);
-  const int64_t floats =
-      rows * (args.d + part) + kSplit * (args.d + part) + kQueryRows * (kSplit + part);
+  const int64_t floats = rows * (args.d + part) + (kSplit + kKeyBlock) * args.d + kSplit * part +
+                         kQueryRows * (kScoreStride + part);
   return floats * int64_t{sizeof(float)} + rows * 2 * int64_t{sizeof(int64_t)};
 }
 

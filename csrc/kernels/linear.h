@@ -6,6 +6,7 @@
 // lanes are outputs, so a result depends on nothing but its own row and output.
 #pragma once
 #include "linear_matrix.h"
+#include "linear_pairs.h"
 
 namespace slmops::SLMOPS_ISA {
 namespace {
@@ -13,6 +14,9 @@ namespace {
 // Overloads without and with a matrix unit.
 template <int kBits, ZeroKind kZero>
 inline void group_step(const Step& s) {
+  if constexpr (kPairs) {
+    if (s.end - s.begin >= kExpandRows) return group_pair_step<Pairs, kBits, kZero>(s);
+  }
   for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
     if (s.end - s.begin > kShareRows) prefetch_share(s, row);
     const PassRows rows = s.rows_at(row, 0);
@@ -24,7 +28,8 @@ inline void group_step(const Step& s) {
 inline void sub16_step(const Step& s) {
   const Format& f = *s.args.format;
   if (kExpandRows > 0 && s.end - s.begin >= kExpandRows) {
-    expand_chunk(s.chunk, s.room);
+    if constexpr (kPairs) return sub16_pair_step<Pairs>(s);
+    expand_chunk(s.chunk, s.room, store_lines);
     const Chunk lines = {s.room, s.chunk.count};
     for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
       prefetch_share(s, row);
@@ -103,6 +108,7 @@ inline void int8_step(const Step& s, const M&... matrix) {
       case ZeroKind::int16:
         return group_step<kBits, ZeroKind::int16>(s, matrix...);
       case ZeroKind::floating:
+      case ZeroKind::offset:
         return group_step<kBits, ZeroKind::floating>(s, matrix...);
     }
   };

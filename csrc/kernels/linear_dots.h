@@ -19,7 +19,7 @@ SLMOPS_INLINE void prefetch_ahead(const uint8_t* line) {
 }
 
 /// What a unit's integer sums start from, so that they end as sum of code * (u - z), or code * u
-/// for a float z.
+/// for a float z or an offset.
 template <int kBits, ZeroKind kZero>
 SLMOPS_INLINE I32 start_sums(int32_t preset, const uint8_t* zero_points) {
   constexpr int32_t kBias = kBits == 8 ? kDot8Bias : 0;
@@ -55,8 +55,9 @@ SLMOPS_INLINE void add_int4(const uint8_t* lines, const int8_t* codes, int64_t s
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
       for (int l = 0; l < kLines; ++l) {
-        dot[r][l] = dot4(dot[r][l], low[l], codes + r * stride + 8 * j);
-        dot[r][l] = dot4(dot[r][l], high[l], codes + r * stride + 8 * j + 4);
+        const Codes a = load_codes(codes + r * stride + j / 2 * 16);
+        dot[r][l] = dot4(dot[r][l], low[l], a, j % 2 * 2);
+        dot[r][l] = dot4(dot[r][l], high[l], a, j % 2 * 2 + 1);
       }
     }
   }
@@ -81,7 +82,7 @@ SLMOPS_INLINE void add_int8(const uint8_t* lines, const int8_t* codes, int64_t s
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
       for (int l = 0; l < kLines; ++l)
-        sum[r][l] = dot8(sum[r][l], u[l], codes + r * stride + 4 * j);
+        sum[r][l] = dot8(sum[r][l], u[l], load_codes(codes + r * stride), j);
     }
   }
 }
@@ -105,7 +106,7 @@ SLMOPS_INLINE void add_sub16(const uint8_t* block, int j, int half, const int8_t
     for (int r = 0; r < kRows; ++r) {
       Dot4 dot = sub_begin(presets[r * preset_stride]);
 #pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) dot = dot4(dot, u[q], codes + r * stride + 4 * q);
+      for (int q = 0; q < 4; ++q) dot = dot4(dot, u[q], load_codes(codes + r * stride), q);
       sum[r][l] = sub_end(sum[r][l], dot, sub);
     }
   }
@@ -128,9 +129,9 @@ SLMOPS_INLINE void add_sub16_block(const uint8_t* block, int half, const int8_t*
         const Line low = low_nibbles(line), high = high_nibbles(line);
 #pragma GCC unroll 2
         for (int r = 0; r < kRows; ++r) {
-          const int8_t* at = codes + r * stride + 16 * j + 8 * i;
+          const Codes a = load_codes(codes + r * stride + 16 * j);
           if (i == 0) dot[j][r][l] = sub_begin(presets[r * preset_stride + j]);
-          dot[j][r][l] = dot4(dot4(dot[j][r][l], low, at), high, at + 4);
+          dot[j][r][l] = dot4(dot4(dot[j][r][l], low, a, 2 * i), high, a, 2 * i + 1);
         }
       }
     }

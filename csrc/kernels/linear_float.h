@@ -32,10 +32,18 @@ SLMOPS_INLINE void float_group_pass(const Format& f, const Chunk& chunk, int hal
   const uint8_t* group = chunk.lines;
   for (int64_t k = 0; k < chunk.count; group += f.group_bytes) {
     const uint8_t* scales = group + scale_offset;
+    const F32 s = load_scale(f.scale_type, scales);
     F32 z = splat(f.bits == 4 ? 8.0f : 128.0f);
     if (f.zero_kind == ZeroKind::int16) z = to_f32(load_i16(scales + kLineBytes));
     if (f.zero_kind == ZeroKind::floating) z = load_scale(f.scale_type, scales + kLineBytes);
-    const auto weight = [&](I32 u) { return to_f32(u) - z; };
+    // u - z, scaled by s after the sum; or s * u + m, and no scale after it.
+    F32 slope = splat(1.0f), shift = negate(z), scale = s;
+    if (f.zero_kind == ZeroKind::offset) {
+      slope = s;
+      shift = load_scale(f.scale_type, scales + kLineBytes);
+      scale = splat(1.0f);
+    }
+    const auto weight = [&](I32 u) { return fma(to_f32(u), slope, shift); };
     F32 t[kRows];
     for (F32& lane : t) lane = splat(0.0f);
     const uint8_t* lines = group + half * kLineBytes;
@@ -48,8 +56,7 @@ SLMOPS_INLINE void float_group_pass(const Format& f, const Chunk& chunk, int hal
         add_float(line, x + k, stride, weight, t);
       }
     }
-    const F32 s = load_scale(f.scale_type, scales);
-    for (int r = 0; r < kRows; ++r) acc[r] = fma(t[r], s, acc[r]);
+    for (int r = 0; r < kRows; ++r) acc[r] = fma(t[r], scale, acc[r]);
   }
 }
 

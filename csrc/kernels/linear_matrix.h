@@ -117,7 +117,7 @@ template <class M>
 inline void sub16_step(const Step& s, const M& matrix) {
   const Format& f = *s.args.format;
   const int64_t unit = matrix_unit(f);
-  expand_chunk(s.chunk, s.room);
+  expand_chunk(s.chunk, s.room, store_lines);
   const int64_t length = chunk_length(f);
   for_spans(s, (length < f.k_padded ? length : f.k_padded) * kTile, [&](const Span& span) {
     const Chunk lines = {s.room + span.begin * kTile, span.count};

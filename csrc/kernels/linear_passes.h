@@ -92,7 +92,8 @@ struct LineDots {
   }
 };
 
-/// t of an activation group, which the walk is moved past: t = 0; for its units t = fma(I, s, t).
+/// t of an activation group, which the walk is moved past: t = 0; for its units t = fma(I, s, t),
+/// and for those of a float z or an offset m t = fma(sum of codes, -(s * z) or m, t).
 /// Presets are those of its first unit.
 template <int kBits, ZeroKind kZero, class Dots, int kRows, int kLines>
 SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, Dots& dots,
@@ -124,7 +125,8 @@ SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, Dots&
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) t[r][l] = fma(to_f32(sum[r][l]), s, t[r][l]);
       if constexpr (kZero == ZeroKind::floating) {
-        const F32 shift = s * load_scale(f.scale_type, scales + kLineBytes + l * 32);
+        const F32 zero = load_scale(f.scale_type, scales + kLineBytes + l * 32);
+        const F32 shift = f.zero_kind == ZeroKind::offset ? negate(zero) : s * zero;
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           const float code_sum = static_cast<float>(presets[r * preset_stride]);
@@ -207,8 +209,16 @@ SLMOPS_INLINE void expanded_pass(const Format& f, const Chunk& chunk, int half, 
   }
 }
 
-/// sub16 lines as int8 lines of u = v + 128.
-inline void expand_chunk(const Chunk& chunk, uint8_t* out) {
+/// Stores 8 k of 16 outputs as two lines.
+SLMOPS_INLINE void store_lines(uint8_t* out, int half, Line low, Line high) {
+  store_line(out + half * kLineBytes, low);
+  store_line(out + (2 + half) * kLineBytes, high);
+}
+
+/// sub16 lines as int8 lines of u = v + 128: store(out, half, k 0..3, k 4..7) for 8 k at a time,
+/// which take 4 lines of `out`.
+template <class Store>
+SLMOPS_INLINE void expand_chunk(const Chunk& chunk, uint8_t* out, const Store& store) {
   const uint8_t* block = chunk.lines;
   for (int64_t k = 0; k < chunk.count; k += kSubBlock, block += kSubBlockBytes) {
 #pragma GCC unroll 4
@@ -219,9 +229,8 @@ inline void expand_chunk(const Chunk& chunk, uint8_t* out) {
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
           const Line line = load_line(block + (4 * j + 2 * i + half) * kLineBytes);
-          uint8_t* lines = out + (4 * i + half) * kLineBytes;
-          store_line(lines, expand(low_nibbles(line), sub));
-          store_line(lines + 2 * kLineBytes, expand(high_nibbles(line), sub));
+          store(out + 4 * i * kLineBytes, half, expand(low_nibbles(line), sub),
+                expand(high_nibbles(line), sub));
         }
       }
     }

@@ -13,7 +13,7 @@ constexpr int32_t kTinyBits = 0x03800000;  // 2^-120: below it a group is all ze
 /// linear.h).
 inline int32_t preset_factor(const Format& f) {
   if (f.zero_kind == ZeroKind::int16) return -1;
-  if (f.zero_kind == ZeroKind::floating) return 1;
+  if (f.zero_kind != ZeroKind::none) return 1;
   return f.bits == 4 ? -8 : kDot8Bias - 128;
 }
 

@@ -44,6 +44,7 @@ HeadsArgs heads_args(const LayerOptions& o, const HeadNorm& q, const HeadNorm& k
   const int64_t first_key = o.attention.keys - o.length;
   const auto new_slots = [&](const CacheView& cache) -> HeadsOut {
     uint8_t* data = static_cast<uint8_t*>(cache.data);
+    if (cache.blocked) return {data, cache.batch_stride, 0, cache.head_stride, true, first_key};
     return {data + first_key * cache.slot_stride * size_of(o.type), cache.batch_stride,
             cache.slot_stride, cache.head_stride};
   };
@@ -106,6 +107,7 @@ DecoderLayer::DecoderLayer(const Tensor* parts, const LayerOptions& o, const Cac
            .out_type = o.type},
       attention_(o.attention) {
   attention_.k = view_of(keys, o.type);
+  attention_.k_blocked = keys.blocked;
   attention_.v = view_of(values, o.type);
 }
 

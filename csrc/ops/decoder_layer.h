@@ -59,10 +59,12 @@ struct HiddenNorm {
   NormWeight norm = {};
 };
 
-/// Keys or values of a layer: [batch][kv heads][slots][head_dim] of the type of x.
+/// Keys or values of a layer: [batch][kv heads][slots][head_dim] of the type of x; or keys in
+/// blocks of 16 slots.
 struct CacheView {
   void* data;
   int64_t batch_stride, head_stride, slot_stride;  // in elements
+  bool blocked;
 };
 
 /// One layer; it may not move.

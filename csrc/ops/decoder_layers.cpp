@@ -11,6 +11,7 @@ namespace slmops {
 namespace {
 
 constexpr char kOp[] = "decoder_layers";
+constexpr char kKeys[] = "keys";
 constexpr int64_t kLargestPosition = int64_t{1} << 53;
 
 /// The number of keys that were there before, from a tensor of one element.
@@ -44,22 +45,41 @@ std::vector<int64_t> first_positions(const std::optional<Tensor>& position_ids,
   return first;
 }
 
-CacheView cache_view(const char* argument, const Tensor& t, const LayerOptions& o) {
+/// Values, or keys that lie as they do: [batch, heads, slots, head_dim].
+CacheView plain_cache(const char* argument, const Tensor& t, const LayerOptions& o) {
   SLMOPS_CHECK(t.dim() == 4 && t.size(0) == o.batch && t.size(1) == o.heads[1] &&
                    t.size(2) >= o.attention.keys && t.size(3) == o.head_dim && t.stride(3) == 1,
                kOp, ": expected ", argument, " of shape (", o.batch, ", ", o.heads[1],
                ", at least ", o.attention.keys, ", ", o.head_dim,
                "), its last dimension contiguous, got ", shape(t));
+  return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2), false};
+}
+
+/// Keys in blocks of 16 slots: [batch, heads, blocks, head_dim, 16].
+CacheView blocked_cache(const Tensor& t, const LayerOptions& o) {
+  const int64_t block = o.head_dim * kKeyBlock;
+  SLMOPS_CHECK(t.size(0) == o.batch && t.size(1) == o.heads[1] &&
+                   t.size(2) * kKeyBlock >= o.attention.keys && t.size(3) == o.head_dim &&
+                   t.size(4) == kKeyBlock && t.stride(2) == block && t.stride(3) == kKeyBlock &&
+                   t.stride(4) == 1,
+               kOp, ": expected blocks of keys of shape (", o.batch, ", ", o.heads[1],
+               ", at least ", (o.attention.keys + kKeyBlock - 1) / kKeyBlock, ", ", o.head_dim,
+               ", ", kKeyBlock, "), those of a head contiguous, got ", shape(t));
+  return {t.mutable_data_ptr(), t.stride(0), t.stride(1), 0, true};
+}
+
+CacheView cache_view(const char* argument, const Tensor& t, const LayerOptions& o) {
   SLMOPS_CHECK(t.scalar_type() == scalar_type(o.type), kOp, ": expected ", argument,
                " of the dtype of x, ", name(scalar_type(o.type)), ", got ", name(t.scalar_type()));
-  return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+  const bool blocked = argument == kKeys && t.dim() == 5;
+  return blocked ? blocked_cache(t, o) : plain_cache(argument, t, o);
 }
 
 /// One for the layers of a call without a cache, all in the same memory.
 CacheView own_cache(const LayerOptions& o, Scratch* scratch) {
   const int64_t slots = o.length * o.head_dim;
   const int64_t bytes = o.batch * o.heads[1] * slots * size_of(o.type);
-  return {scratch->take<uint8_t>(bytes), o.heads[1] * slots, slots, o.head_dim};
+  return {scratch->take<uint8_t>(bytes), o.heads[1] * slots, slots, o.head_dim, false};
 }
 
 /// The mask of the first `keys` slots; a static cache has more.
@@ -149,7 +169,7 @@ Tensor decoder_layers(const Tensor& x, const std::vector<Tensor>& weights,
   std::deque<DecoderLayer> layers;
   int64_t cost = 0;
   for (size_t i = 0; i < count; ++i) {
-    const CacheView keys = kept ? cache_view("keys", cache[2 * i], options) : own_keys;
+    const CacheView keys = kept ? cache_view(kKeys, cache[2 * i], options) : own_keys;
     const CacheView values = kept ? cache_view("values", cache[2 * i + 1], options) : own_values;
     layers.emplace_back(&weights[i * kLayerParts], options, keys, values);
     cost += layers.back().cost() * options.rows();

@@ -47,7 +47,7 @@ void look(const Format& f, const Parts& parts, int64_t tile, Findings* found) {
     return static_cast<const uint16_t*>(p) + first * groups;
   };
   found->all_finite &= is_finite(halves(parts.scale), rows * groups, f.scale_type);
-  if (f.zero_kind == ZeroKind::floating) {
+  if (f.zero_kind == ZeroKind::floating || f.zero_kind == ZeroKind::offset) {
     found->all_finite &= is_finite(halves(parts.zero_point), rows * groups, f.scale_type);
   } else if (f.zero_kind == ZeroKind::int16) {
     const int16_t* zero = static_cast<const int16_t*>(parts.zero_point) + first * groups;
@@ -82,9 +82,14 @@ DType scale_type_of(const Tensor& scale, ScaleKind kind) {
   return float_type(kOp, "scale", type);
 }
 
-ZeroKind zero_kind_of(const std::optional<Tensor>& zero_point, const Tensor& scale) {
+ZeroKind zero_kind_of(const std::optional<Tensor>& zero_point, const Tensor& scale, bool offset) {
+  SLMOPS_CHECK(is_present(zero_point) || !offset, kOp, ": expected zero_point with offset=True");
   if (!is_present(zero_point)) return ZeroKind::none;
   const ScalarType type = zero_point->scalar_type();
+  if (offset) {
+    check_type(kOp, "zero_point", *zero_point, scale.scalar_type());
+    return ZeroKind::offset;
+  }
   if (type == ScalarType::Short) return ZeroKind::int16;
   SLMOPS_CHECK(type == scale.scalar_type(), kOp, ": expected zero_point of dtype int16 or ",
                name(scale.scalar_type()), " (the scale's), got ", name(type));
@@ -93,12 +98,13 @@ ZeroKind zero_kind_of(const std::optional<Tensor>& zero_point, const Tensor& sca
 
 void pack(Tensor out, const Tensor& codes, const Tensor& scale,
           const std::optional<Tensor>& zero_point, const std::optional<Tensor>& sub_scale,
-          int64_t bits, int64_t group_size, int64_t act_group, const std::string& activations) {
+          int64_t bits, int64_t group_size, int64_t act_group, const std::string& activations,
+          bool offset) {
   check_type(kOp, "codes", codes, ScalarType::Byte);
   SLMOPS_CHECK(codes.dim() == 2, kOp, ": expected codes of shape (n, k), got ", shape(codes));
   const ScaleKind kind = is_present(sub_scale) ? ScaleKind::sub16 : ScaleKind::group;
   const Format f = make_format(kOp, codes.size(0), codes.size(1), bits, kind,
-                               scale_type_of(scale, kind), zero_kind_of(zero_point, scale),
+                               scale_type_of(scale, kind), zero_kind_of(zero_point, scale, offset),
                                group_size, act_group, parse_activations(kOp, activations));
   const int64_t groups = groups_per_row(f);
   std::optional<Tensor> zero, sub;  // contiguous, owned until the end
@@ -144,7 +150,7 @@ void pack(Tensor out, const Tensor& codes, const Tensor& scale,
 STABLE_TORCH_LIBRARY_FRAGMENT(slmops, m) {
   m.def(
       "pack_(Tensor(a!) out, Tensor codes, Tensor scale, Tensor? zero_point, Tensor? sub_scale, "
-      "int bits, int group_size, int act_group, str activations) -> ()");
+      "int bits, int group_size, int act_group, str activations, bool offset=False) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slmops, CPU, m) { m.impl("pack_", TORCH_BOX(&pack)); }

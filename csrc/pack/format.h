@@ -16,7 +16,8 @@ namespace slmops {
 
 enum class DType : uint8_t { f16 = 0, bf16 = 1, f32 = 2 };
 enum class ScaleKind : uint8_t { group = 0, sub16 = 1 };
-enum class ZeroKind : uint8_t { none = 0, int16 = 1, floating = 2 };
+/// What stands beside the scales: z of s * (u - z), or (offset) m of s * u + m.
+enum class ZeroKind : uint8_t { none = 0, int16 = 1, floating = 2, offset = 3 };
 enum class Activations : uint8_t { int8 = 0, floating = 1, float_fast = 2 };
 
 constexpr int64_t kHeaderBytes = 64;
@@ -72,7 +73,7 @@ void write_header(const Format& f, uint8_t* out);
 struct Parts {
   uint8_t* codes;      // [n][k] u, 0..15 or 0..255
   void* scale;         // group: [n][ceil(k/group)] of scale_type; sub16: [n] f32
-  void* zero_point;    // [n][ceil(k/group)] int16, or scale_type when floating
+  void* zero_point;    // [n][ceil(k/group)] int16, or scale_type when floating or an offset
   uint8_t* sub_scale;  // sub16: [n][ceil(k/16)], 0..15
 };
 

@@ -48,8 +48,8 @@ const char* check_kinds(const Format& f) {
   if (f.bits != 4 && f.bits != 8) return "expected bits 4 or 8";
   if (f.scale_kind > ScaleKind::sub16) return "expected scale kind 0 (group) or 1 (sub16)";
   if (f.scale_type > DType::f32) return "expected scale type 0 (f16), 1 (bf16) or 2 (f32)";
-  if (f.zero_kind > ZeroKind::floating) {
-    return "expected zero kind 0 (none), 1 (int16) or 2 (floating)";
+  if (f.zero_kind > ZeroKind::offset) {
+    return "expected zero kind 0 (none), 1 (int16), 2 (floating) or 3 (offset)";
   }
   if (f.activations > Activations::float_fast) {
     return "expected activations 0 (int8), 1 (float) or 2 (float_fast)";

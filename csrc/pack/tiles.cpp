@@ -84,10 +84,11 @@ void unpack_row(const uint8_t* lanes, int64_t count, uint8_t* codes) {
   }
 }
 
-/// The code that pads k of output n in group g: its zero point, so that padding is worth 0.
+/// The code that pads k of output n in group g: its zero point, so that padding is worth 0, or 0
+/// where that is no code.
 uint8_t pad_code(const Format& f, const Parts& parts, int64_t n, int64_t g) {
   if (f.zero_kind == ZeroKind::none) return f.bits == 4 ? 8 : 128;
-  if (f.zero_kind == ZeroKind::floating || g >= groups_per_row(f)) return 0;
+  if (f.zero_kind != ZeroKind::int16 || g >= groups_per_row(f)) return 0;
   return static_cast<uint8_t>(
       static_cast<const int16_t*>(parts.zero_point)[n * groups_per_row(f) + g]);
 }

@@ -10,6 +10,8 @@ namespace slmops::SLMOPS_ISA {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr bool kPairs = false;
+struct Pairs;
 constexpr int kFloatSums = 4;  // 8 of 16 ymm
 
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
@@ -200,6 +202,9 @@ inline I32 lane_byte(Line x) {
   return {_mm256_and_si256(_mm256_srli_epi32(x.a, 8 * kByte), m),
           _mm256_and_si256(_mm256_srli_epi32(x.b, 8 * kByte), m)};
 }
+/// Quads are broadcast from memory.
+using Codes = const int8_t*;
+inline Codes load_codes(const int8_t* p) { return p; }
 inline __m256i splat_codes(const int8_t* a) {
   int32_t four;
   memcpy(&four, a, sizeof(four));

@@ -23,8 +23,8 @@ struct Bytes {
 };
 
 inline Dot4 dot4_begin(I32 /*acc*/) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-inline Dot4 dot4(Dot4 d, Line u, const int8_t* a) {
-  const __m256i codes = splat_codes(a);
+inline Dot4 dot4(Dot4 d, Line u, Codes a, int quad) {
+  const __m256i codes = splat_codes(a + 4 * quad);
   return {_mm256_add_epi16(d.a, _mm256_maddubs_epi16(u.a, codes)),
           _mm256_add_epi16(d.b, _mm256_maddubs_epi16(u.b, codes))};
 }
@@ -54,8 +54,8 @@ inline Bytes bytes(Line x) {
   const __m256i a = _mm256_xor_si256(x.a, flip), b = _mm256_xor_si256(x.b, flip);
   return {a, b, _mm256_abs_epi8(a), _mm256_abs_epi8(b)};
 }
-inline I32 dot8(I32 acc, Bytes u, const int8_t* a) {
-  const __m256i codes = splat_codes(a), ones = _mm256_set1_epi16(1);
+inline I32 dot8(I32 acc, Bytes u, Codes a, int quad) {
+  const __m256i codes = splat_codes(a + 4 * quad), ones = _mm256_set1_epi16(1);
   const __m256i p = _mm256_maddubs_epi16(u.abs_a, _mm256_sign_epi8(codes, u.a));
   const __m256i q = _mm256_maddubs_epi16(u.abs_b, _mm256_sign_epi8(codes, u.b));
   return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(p, ones)),

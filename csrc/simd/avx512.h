@@ -22,6 +22,8 @@ constexpr int kSubBlockRows = 2;  // from memory 1.03 (1 row) and 1.1 (2 rows) t
 constexpr int kStreamRows = 32;
 constexpr int32_t kDot8Bias = 0;
 constexpr int kExpandRows = 17;
+constexpr bool kPairs = false;
+struct Pairs;
 constexpr int kFloatSums = 16;
 
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
@@ -42,6 +44,8 @@ struct Dot4 {
 struct Bytes {
   __m512i v;
 };
+/// Quads are broadcast from memory.
+using Codes = const int8_t*;
 
 inline F32 splat(float x) { return {_mm512_set1_ps(x)}; }
 inline F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -142,14 +146,15 @@ template <int kByte>
 inline I32 lane_byte(Line x) {
   return {_mm512_and_si512(_mm512_srli_epi32(x.v, 8 * kByte), _mm512_set1_epi32(255))};
 }
+inline Codes load_codes(const int8_t* p) { return p; }
 inline __m512i splat_codes(const int8_t* a) {
   int32_t four;
   memcpy(&four, a, sizeof(four));
   return _mm512_set1_epi32(four);
 }
 inline Dot4 dot4_begin(I32 acc) { return {acc.v}; }
-inline Dot4 dot4(Dot4 d, Line u, const int8_t* a) {
-  return {_mm512_dpbusd_epi32(d.v, u.v, splat_codes(a))};
+inline Dot4 dot4(Dot4 d, Line u, Codes a, int quad) {
+  return {_mm512_dpbusd_epi32(d.v, u.v, splat_codes(a + 4 * quad))};
 }
 inline I32 dot4_end(I32 /*acc*/, Dot4 d) { return {d.v}; }
 inline int32_t sub_preset(int32_t preset) { return preset; }
@@ -164,8 +169,8 @@ inline I32 sub_scales(const uint8_t* p, int j) {
 /// The dot of 16 k fits int16 (|sum of (u - 8) * a| <= 16256), so its low half is all of it.
 inline I32 sub_end(I32 acc, Dot4 d, I32 sub) { return {_mm512_dpwssd_epi32(acc.v, d.v, sub.v)}; }
 inline Bytes bytes(Line x) { return {x.v}; }
-inline I32 dot8(I32 acc, Bytes u, const int8_t* a) {
-  return {_mm512_dpbusd_epi32(acc.v, u.v, splat_codes(a))};
+inline I32 dot8(I32 acc, Bytes u, Codes a, int quad) {
+  return {_mm512_dpbusd_epi32(acc.v, u.v, splat_codes(a + 4 * quad))};
 }
 inline void sums_of_16(const int8_t* codes, int32_t* out) {
   const __m512i fours =

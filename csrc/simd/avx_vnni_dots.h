@@ -20,8 +20,8 @@ struct Bytes {
 };
 
 inline Dot4 dot4_begin(I32 acc) { return {acc.a, acc.b}; }
-inline Dot4 dot4(Dot4 d, Line u, const int8_t* a) {
-  const __m256i codes = splat_codes(a);
+inline Dot4 dot4(Dot4 d, Line u, Codes a, int quad) {
+  const __m256i codes = splat_codes(a + 4 * quad);
   return {_mm256_dpbusd_avx_epi32(d.a, u.a, codes), _mm256_dpbusd_avx_epi32(d.b, u.b, codes)};
 }
 inline I32 dot4_end(I32 /*acc*/, Dot4 d) { return {d.a, d.b}; }
@@ -43,8 +43,8 @@ inline I32 sub_end(I32 acc, Dot4 d, I32 sub) {
   return {_mm256_dpwssd_avx_epi32(acc.a, d.a, sub.a), _mm256_dpwssd_avx_epi32(acc.b, d.b, sub.b)};
 }
 inline Bytes bytes(Line x) { return {x.a, x.b}; }
-inline I32 dot8(I32 acc, Bytes u, const int8_t* a) {
-  const __m256i codes = splat_codes(a);
+inline I32 dot8(I32 acc, Bytes u, Codes a, int quad) {
+  const __m256i codes = splat_codes(a + 4 * quad);
   return {_mm256_dpbusd_avx_epi32(acc.a, u.a, codes), _mm256_dpbusd_avx_epi32(acc.b, u.b, codes)};
 }
 inline Line expand(Line u, I32 sub) {

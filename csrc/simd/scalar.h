@@ -27,9 +27,18 @@ constexpr int kStreamRows = 0;
 /// dot8 computes sum a * (u - kDot8Bias): 0 where the machine takes u as unsigned, 128 where as
 /// signed.
 constexpr int32_t kDot8Bias = 128;
-/// Rows from which sub16 lines are expanded to int8 once for all of them; 0: never (a u8 dot costs
-/// more than a u4 dot).
+/// Rows from which sub16 lines (with kPairs all) are expanded to int8 once for all of them; 0:
+/// never (a u8 dot costs more than a u4 dot).
 constexpr int kExpandRows = 0;
+/// Whether there is a `struct Pairs` of static functions that multiply rows in pairs; lines are
+/// then expanded, of every format, to its operands.
+///     begin(I32& a, I32& b), end(I32& a, I32& b)      sums of two rows to the form of add, and
+///     back store_operands(uint8_t* p, Line low, Line high)  k 0..3 and 4..7 as 128 bytes add(I32&
+///     a, I32& b, const uint8_t* p, Codes x, Codes y, int half)
+///                                                      adds 8 k of operands times half of the
+///                                                      codes
+constexpr bool kPairs = false;
+struct Pairs;
 /// Vectors of fp32 sums that a block of a float product keeps in registers, a power of two.
 constexpr int kFloatSums = 1;
 /// Asks for the cache line at p, to be read soon.
@@ -56,6 +65,8 @@ struct Dot4 {
 struct Bytes {
   Line line;
 };
+/// 16 codes of one row, each for all lanes: quad q of them, 4 k, is what a dot takes.
+using Codes = const int8_t*;
 
 #define SLMOPS_LANES(expr)           \
   for (int i = 0; i < kLanes; ++i) { \
@@ -215,15 +226,14 @@ inline I32 round(F32 a) {
   I32 r;
   SLMOPS_LANES(r.v[i] = static_cast<int32_t>((a.v[i] + kMagic) - kMagic));
 }
+// Lane by lane: of a whole vector copied into the other type g++ 12 loses lanes (AArch64, -O3).
 inline I32 bits_of(F32 a) {
   I32 r;
-  memcpy(&r, &a, sizeof(r));
-  return r;
+  SLMOPS_LANES(r.v[i] = __builtin_bit_cast(int32_t, a.v[i]));
 }
 inline F32 from_bits(I32 a) {
   F32 r;
-  memcpy(&r, &a, sizeof(r));
-  return r;
+  SLMOPS_LANES(r.v[i] = __builtin_bit_cast(float, a.v[i]));
 }
 /// Stores the low byte of each lane.
 inline void store_i8(int8_t* p, I32 a) {
@@ -337,11 +347,12 @@ inline I32 lane_byte(Line x) {
 inline int32_t dot_lane(const uint8_t* u, const int8_t* a) {
   return u[0] * a[0] + u[1] * a[1] + u[2] * a[2] + u[3] * a[3];
 }
+inline Codes load_codes(const int8_t* p) { return p; }
 /// Starts a sum of at most 8 dot4; dot4_end(acc, d) gives acc plus that sum, for the same acc.
 inline Dot4 dot4_begin(I32 acc) { return {acc}; }
-/// Adds sum over 4 k of u * a, u in 0..15, a: 4 codes of one row, shared by all lanes.
-inline Dot4 dot4(Dot4 d, Line u, const int8_t* a) {
-  for (int i = 0; i < kLanes; ++i) d.sum.v[i] += dot_lane(u.v + 4 * i, a);
+/// Adds sum over the 4 k of a quad of u * a, u in 0..15.
+inline Dot4 dot4(Dot4 d, Line u, Codes a, int quad) {
+  for (int i = 0; i < kLanes; ++i) d.sum.v[i] += dot_lane(u.v + 4 * i, a + 4 * quad);
   return d;
 }
 inline I32 dot4_end(I32 /*acc*/, Dot4 d) { return d.sum; }
@@ -358,8 +369,9 @@ inline I32 sub_scales(const uint8_t* p, int j) {
 /// acc + d * sub.
 inline I32 sub_end(I32 acc, Dot4 d, I32 sub) { return acc + d.sum * sub; }
 inline Bytes bytes(Line x) { return {x}; }
-/// acc + sum over 4 k of a * (u - kDot8Bias), u in 0..255.
-inline I32 dot8(I32 acc, Bytes u, const int8_t* a) {
+/// acc + sum over the 4 k of a quad of a * (u - kDot8Bias), u in 0..255.
+inline I32 dot8(I32 acc, Bytes u, Codes codes, int quad) {
+  const int8_t* a = codes + 4 * quad;
   const int32_t shift = kDot8Bias * (a[0] + a[1] + a[2] + a[3]);
   for (int i = 0; i < kLanes; ++i) acc.v[i] += dot_lane(u.line.v + 4 * i, a) - shift;
   return acc;

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -80,7 +81,9 @@ def compile_package(model: Any, tokens: int, package: Path) -> None:
         program = torch.export.export(
             Decoder(model, tokens).eval(), example, dynamic_shapes=({1: length}, None)
         )
-    portable = {"cpp.march": BASELINE[platform.machine()], "cpp.simdlen": 1}
+    portable: dict[str, Any] = {"cpp.simdlen": 1}
+    if hasattr(inductor_config.cpp, "march"):  # before, inductor compiled for its own machine only
+        portable["cpp.march"] = BASELINE[platform.machine()]
     torch._inductor.aoti_compile_and_package(
         program, package_path=str(package), inductor_configs=portable
     )

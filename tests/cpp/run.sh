@@ -1,6 +1,7 @@
 #!/bin/bash
 # Builds and runs the C++ tests, without torch: `tests/cpp/run.sh` under AddressSanitizer and UndefinedBehaviorSanitizer,
-# `tests/cpp/run.sh full` also an optimized build over all 2^32 floats and ten times the cases.
+# `tests/cpp/run.sh full` also an optimized build over all 2^32 floats and ten times the cases,
+# `tests/cpp/run.sh static PROGRAM` builds a static program with the rows' objects of the extension, and runs nothing.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -41,8 +42,8 @@ objects() {
   done
 }
 
-# build NAME FLAGS: the objects that are older than any source, and the program.
-build() {
+# compile NAME FLAGS: the objects that are older than any source.
+compile() {
   local dir=tests/cpp/build/$1 flags=$2 object rest
   mkdir -p "$dir"
   objects | while read -r object rest; do
@@ -58,10 +59,22 @@ build() {
       echo "$cxx $common $flags -c -o $dir/$object $rest"
     fi
   done | xargs -r -P "$jobs" -d '\n' -n 1 bash -c
+}
+
+# build NAME FLAGS: the objects and the program.
+build() {
+  local dir=tests/cpp/build/$1 flags=$2
+  compile "$1" "$flags"
   # shellcheck disable=SC2086
   $cxx $flags -o "$dir/tests" "$dir"/*.o
 }
 
+if [[ ${1:-} == static ]]; then
+  compile static "-O1"
+  rm -f tests/cpp/build/static/row_*.o
+  $cxx -static -o "$2" tests/cpp/build/static/*.o build/objects/*/csrc/isa/*.o
+  exit
+fi
 build sanitized "$sanitizers"
 tests/cpp/build/sanitized/tests
 if [[ ${1:-} == full ]]; then

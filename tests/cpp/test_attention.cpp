@@ -26,6 +26,38 @@ struct RandomHeads {
   HeadView view;
 };
 
+/// The same keys in blocks of 16 slots, what is beyond the last one included.
+struct BlockedKeys {
+  BlockedKeys(const RandomHeads& keys, const AttentionArgs& args)
+      : data((args.keys + kKeyBlock - 1) / kKeyBlock * kKeyBlock * args.batch * args.kv_heads *
+                 args.d * size_of(keys.view.type),
+             1) {
+    const int64_t size = size_of(keys.view.type);
+    const int64_t head = (args.keys + kKeyBlock - 1) / kKeyBlock * kKeyBlock * args.d;
+    std::fill_n(data.data(), data.count(), uint8_t{0xff});  // NaN
+    view = keys.view;
+    view.data = data.data();
+    view.batch_stride = args.kv_heads * head;
+    view.length_stride = 0;
+    view.head_stride = head;
+    for (int64_t b = 0; b < args.batch; ++b) {
+      for (int64_t h = 0; h < args.kv_heads; ++h) {
+        for (int64_t slot = 0; slot < args.keys; ++slot) {
+          for (int64_t e = 0; e < args.d; ++e) {
+            const int64_t from = b * keys.view.batch_stride + slot * keys.view.length_stride +
+                                 h * keys.view.head_stride + e;
+            const int64_t to = b * view.batch_stride + h * head +
+                               (slot / kKeyBlock * args.d + e) * kKeyBlock + slot % kKeyBlock;
+            std::copy_n(keys.data.data() + from * size, size, data.data() + to * size);
+          }
+        }
+      }
+    }
+  }
+  Block<uint8_t> data;
+  HeadView view;
+};
+
 /// The result in one thread, in blocks of `block` queries.
 void run(const KernelTable& kernels, AttentionArgs args, int64_t block, bool apart, uint8_t* out) {
   args.block = std::min(block, args.queries);
@@ -86,16 +118,20 @@ void test_attention(Random& random) {
   const int64_t bytes = args.batch * args.queries * args.heads * args.dv * size_of(type);
   Block<uint8_t> expected(bytes, 1);
   run(*scalar_row().kernels, args, args.queries, false, expected.data());
+  const BlockedKeys blocked(k, args);
   const auto check = [&](const IsaRow& row) {
     for (const bool apart : {false, true}) {
       Block<uint8_t> got(bytes, 1);
       const int64_t block = random.integer(1, 12);
+      args.k_blocked = random.chance(50);
+      args.k = args.k_blocked ? blocked.view : k.view;
       run(*row.kernels, args, block, apart, got.data());
       EXPECT(got.same_bits(expected),
-             "attention of %lld queries in blocks of %lld, %lld keys, d %lld, %lld, apart %d, %s",
+             "attention of %lld queries in blocks of %lld, %lld keys, d %lld, %lld, apart %d, "
+             "keys in blocks %d, %s",
              static_cast<long long>(args.queries), static_cast<long long>(block),
              static_cast<long long>(args.keys), static_cast<long long>(args.d),
-             static_cast<long long>(args.dv), apart, row.name);
+             static_cast<long long>(args.dv), apart, args.k_blocked, row.name);
     }
   };
   check(scalar_row());

@@ -25,7 +25,7 @@ bool is_nan(uint32_t bits) { return (bits & 0x7fffffffu) > 0x7f800000u; }
 uint32_t widened(DType type, uint16_t half) {
   uint32_t bits = static_cast<uint32_t>(half) << 16;
   if (type == DType::f16) {
-    _Float16 value;
+    Half value;
     memcpy(&value, &half, sizeof(value));
     bits = as_bits(static_cast<float>(value));
   }
@@ -36,7 +36,7 @@ uint32_t widened(DType type, uint16_t half) {
 uint16_t narrowed(DType type, uint32_t bits) {
   if (is_nan(bits)) return type == DType::f16 ? 0x7e00 : 0x7fc0;
   if (type == DType::f16) {
-    const _Float16 value = static_cast<_Float16>(as_float(bits));
+    const Half value = static_cast<Half>(as_float(bits));
     uint16_t half;
     memcpy(&half, &value, sizeof(half));
     return half;

@@ -46,14 +46,15 @@ void test_heads(Random& random) {
   args.angle_batch_stride = shared ? 0 : length * r;
   args.r = r;
   args.interleaved = random.chance(50);
-  const bool heads_first = random.chance(50);
+  const bool heads_first = random.chance(50), blocked = random.chance(50);
+  const int64_t slots = 48, first_slot = random.integer(0, slots - length);
 
   // A piece of heads at a time, unless a norm wants them all.
   const int64_t piece = full_width ? all : random.integer(1, all);
   struct Result {
-    Result(const HeadsArgs& a, int64_t count)
+    Result(const HeadsArgs& a, int64_t count, int64_t keys)
         : q(count * a.heads[0] * a.d * size_of(a.type), 1),
-          k(count * a.heads[1] * a.d * size_of(a.type), 1),
+          k(keys * a.heads[1] * a.d * size_of(a.type), 1),
           v(count * a.heads[2] * a.d * size_of(a.type), 1) {}
     Block<uint8_t> q, k, v;
   };
@@ -65,6 +66,9 @@ void test_heads(Random& random) {
       mine.out[part] = heads_first ? HeadsOut{parts[part], heads * length * d, d, length * d}
                                    : HeadsOut{parts[part], length * heads * d, heads * d, d};
     }
+    std::fill_n(out->k.data(), out->k.count(), uint8_t{0});  // what is free stays
+    if (blocked)
+      mine.out[1] = {parts[1], mine.heads[1] * slots * d, 0, slots * d, true, first_slot};
     for (int64_t head = 0; head < all; head += at_once) {
       const int64_t count = std::min(at_once, all - head);
       Block<float> scratch(rows * count * d);
@@ -75,10 +79,11 @@ void test_heads(Random& random) {
       kernels.heads(mine, scratch.data(), count * d, 0, rows, head, count);
     }
   };
-  Result expected(args, rows);
+  const int64_t keys = blocked ? batch * slots : rows;
+  Result expected(args, rows, keys);
   run(*scalar_row().kernels, all, &expected);
   for (const IsaRow& row : other_rows()) {
-    Result got(args, rows);
+    Result got(args, rows, keys);
     run(*row.kernels, piece, &got);
     EXPECT(
         got.q.same_bits(expected.q) && got.k.same_bits(expected.k) && got.v.same_bits(expected.v),

@@ -53,7 +53,7 @@ void test_forged(const std::vector<uint8_t>& good, Random& random) {
     if (random.chance(20)) forged.bits = static_cast<int32_t>(random.integer(0, 255));
     if (random.chance(20)) forged.scale_kind = static_cast<ScaleKind>(random.integer(0, 255));
     if (random.chance(20)) forged.scale_type = static_cast<DType>(random.integer(0, 3));
-    if (random.chance(20)) forged.zero_kind = static_cast<ZeroKind>(random.integer(0, 3));
+    if (random.chance(20)) forged.zero_kind = static_cast<ZeroKind>(random.integer(0, 4));
     if (random.chance(20)) forged.activations = static_cast<Activations>(random.integer(0, 3));
     std::vector<uint8_t> bytes = good;
     write_header(forged, bytes.data());

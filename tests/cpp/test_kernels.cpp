@@ -143,8 +143,8 @@ void test_limit(Format f, int code, int sub, int zero, double expected_sum) {
   }
   pack_tiles(f, packed.parts(), packed.data.data(), 0, f.tiles);
 
-  constexpr int64_t kRows =
-      13;  // more than any row's registers hold: large batches have their own path
+  // More than any row's registers hold and a matrix unit takes: large batches have their own paths.
+  constexpr int64_t kRows = 17;
   Inputs in(f, kRows, random);
   in.type = DType::f32;
   in.stride = f.k;
@@ -212,24 +212,25 @@ void test_matrix(int cases) {
   }
 }
 
-void test_limits() {
-  const Format int8 = {.bits = 8, .zero_kind = ZeroKind::none, .group = 65536, .act_group = 65536};
-  test_limit(int8, 0, 0, 128, 127.0 * -128 * 65536);
-  test_limit(int8, 255, 0, 128, 127.0 * 127 * 65536);
+void test_limits(int part) {
+  const int k8 = 65536 / part, k4 = (1 << 20) / part, sub = (1 << 17) / part;
+  const Format int8 = {.bits = 8, .zero_kind = ZeroKind::none, .group = k8, .act_group = k8};
+  test_limit(int8, 0, 0, 128, 127.0 * -128 * k8);
+  test_limit(int8, 255, 0, 128, 127.0 * 127 * k8);
   Format with_zero = int8;
   with_zero.zero_kind = ZeroKind::int16;
-  test_limit(with_zero, 0, 0, 255, 127.0 * -255 * 65536);
-  test_limit(with_zero, 255, 0, 0, 127.0 * 255 * 65536);
-  Format int4 = {.bits = 4, .zero_kind = ZeroKind::int16, .group = 1 << 20, .act_group = 1 << 20};
-  test_limit(int4, 0, 0, 15, 127.0 * -15 * (1 << 20));
-  test_limit(int4, 15, 0, 0, 127.0 * 15 * (1 << 20));
+  test_limit(with_zero, 0, 0, 255, 127.0 * -255 * k8);
+  test_limit(with_zero, 255, 0, 0, 127.0 * 255 * k8);
+  Format int4 = {.bits = 4, .zero_kind = ZeroKind::int16, .group = k4, .act_group = k4};
+  test_limit(int4, 0, 0, 15, 127.0 * -15 * k4);
+  test_limit(int4, 15, 0, 0, 127.0 * 15 * k4);
   const Format sub16 = {.bits = 4,
                         .scale_kind = ScaleKind::sub16,
                         .scale_type = DType::f32,
                         .group = kSubGroup,
-                        .act_group = 1 << 17};
-  test_limit(sub16, 0, 15, 8, 127.0 * -8 * 15 * (1 << 17));
-  test_limit(sub16, 15, 15, 8, 127.0 * 7 * 15 * (1 << 17));
+                        .act_group = sub};
+  test_limit(sub16, 0, 15, 8, 127.0 * -8 * 15 * sub);
+  test_limit(sub16, 15, 15, 8, 127.0 * 7 * 15 * sub);
 }
 
 }  // namespace slmops::testing

@@ -42,7 +42,7 @@ int expected_code(Packed& packed, int64_t n, int64_t k) {
   if (k < f.k) return packed.codes[n * f.k + k];
   if (f.zero_kind == ZeroKind::none) return f.bits == 4 ? 8 : 128;
   const int64_t g = k / f.group, groups = (f.k + f.group - 1) / f.group;
-  if (f.zero_kind == ZeroKind::floating || g >= groups) return 0;
+  if (f.zero_kind != ZeroKind::int16 || g >= groups) return 0;
   return half_at(packed.zero_point.data() + 2 * (n * groups + g));
 }
 

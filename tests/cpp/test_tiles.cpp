@@ -4,21 +4,18 @@
 
 #include "testing.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace slmops::testing {
 
 #if defined(__x86_64__)
 namespace {
 
-/// Palette of the calling thread's tiles; 0: none is in use.
-__attribute__((target("amx-tile"))) int palette() {
-  alignas(64) uint8_t config[64] = {};
-  _tile_storeconfig(config);
-  asm volatile("" : : "r"(config) : "memory");
-  return config[0];
+/// Whether the calling thread's tiles or their configuration are in use, as the CPU sees it when it
+/// has to save them.
+bool in_use() {
+  constexpr uint32_t kTileState = 3u << 17;
+  uint32_t low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(1));
+  return (low & kTileState) != 0;
 }
 
 void run_linear(const KernelTable& kernels, Packed& packed, int64_t rows, uint64_t seed,
@@ -60,19 +57,19 @@ void test_threads(const KernelTable& kernels) {
   Packed* packed[2] = {&first, &second};
   Block<float> expected[2] = {Block<float>(kRows * 64), Block<float>(kRows * 64)};
   Block<float> got[2] = {Block<float>(kRows * 64), Block<float>(kRows * 64)};
-  int palettes[2] = {-1, -1};
+  bool left[2] = {true, true};
   std::thread threads[2];
   for (int i = 0; i < 2; ++i) {
     run_linear(*scalar_row().kernels, *packed[i], kRows, 7, &expected[i]);
     threads[i] = std::thread([&, i] {
       for (int again = 0; again < 20; ++again) run_linear(kernels, *packed[i], kRows, 7, &got[i]);
-      palettes[i] = palette();
+      left[i] = in_use();
     });
   }
   for (std::thread& thread : threads) thread.join();
   for (int i = 0; i < 2; ++i) {
     EXPECT(got[i].same_bits(expected[i]), "thread %d", i);
-    EXPECT(palettes[i] == 0, "thread %d left tiles configured, palette %d", i, palettes[i]);
+    EXPECT(!left[i], "thread %d left tiles in use", i);
   }
 }
 
@@ -80,11 +77,8 @@ void test_threads(const KernelTable& kernels) {
 
 void test_tiles() {
   if ((system_features() & kAmxTile) == 0) return;
-  EXPECT(palette() == 0, "tiles in use before or after linear");
-  const IsaRow* row = select(system_features(), "amx");
-  EXPECT(row != nullptr, "the row amx where tiles may be used");
-  test_threads(*row->kernels);
-  EXPECT(palette() == 0, "tiles of this thread in use");
+  EXPECT(!in_use(), "tiles in use after linear");
+  test_threads(*select(system_features(), "amx")->kernels);
 }
 
 #else

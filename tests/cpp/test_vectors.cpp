@@ -1,5 +1,6 @@
 // Every row gives the bits of the scalar row: activations over a dense sweep (all 2^32 floats in a
 // full run), norms and rotary on random problems; and sin_cos is near the C library's long double.
+#include <algorithm>
 #include <cmath>
 
 #include "../../csrc/ops/sin_cos.h"
@@ -47,6 +48,40 @@ struct Values {
 
 int64_t span(int64_t rows, int64_t stride, int64_t k) {
   return rows == 0 ? 0 : (rows - 1) * stride + k;
+}
+
+void test_add(Random& random) {
+  const int64_t rows = random.integer(0, 4), k = random.integer(0, 70), count = rows * k;
+  const DType type = random.pick(kTypes);
+  const int special = random.pick({0, 0, 1, 20});
+  Block<uint8_t> x(count * size_of(type), 1), branch(count * size_of(type), 1);
+  fill(random, type, 1.0f, special, x.data(), count);
+  fill(random, type, 1.0f, special, branch.data(), count);
+  const float factor = random.pick({1.0f, 0.22f, -1.0f});
+  const auto run = [&](const KernelTable& kernels, Block<uint8_t>* out) {
+    const SumArgs args = {.x = x.data(),
+                          .branch = branch.data(),
+                          .out = out->data(),
+                          .type = type,
+                          .factor = factor,
+                          .k = k};
+    for (int64_t row = rows; row-- > 0;) kernels.add(args, row, row + 1);
+    Block<uint8_t> own(count * size_of(type), 1);
+    std::copy_n(x.data(), x.count(), own.data());
+    SumArgs in_place = args;
+    in_place.x = in_place.out = own.data();
+    kernels.add(in_place, 0, rows);
+    EXPECT(own.same_bits(*out), "add of %lld in place, %lld at once", static_cast<long long>(k),
+           static_cast<long long>(rows));
+  };
+  Block<uint8_t> expected(count * size_of(type), 1);
+  run(*scalar_row().kernels, &expected);
+  for (const IsaRow& row : other_rows()) {
+    Block<uint8_t> got(count * size_of(type), 1);
+    run(*row.kernels, &got);
+    EXPECT(got.same_bits(expected), "add of %lld, type %d, %s", static_cast<long long>(count),
+           static_cast<int>(type), row.name);
+  }
 }
 
 void test_norm(Random& random) {
@@ -171,13 +206,14 @@ void test_vectors(int cases) {
   Random random(11);
   for (int i = 0; i < cases; ++i) {
     test_norm(random);
+    test_add(random);
     test_rotary(random);
   }
 }
 
-void test_sin_cos() {
+void test_sin_cos(int angles) {
   Random random(12);
-  for (int i = 0; i < 200000; ++i) {
+  for (int i = 0; i < angles; ++i) {
     const double size = std::ldexp(1.0, static_cast<int>(random.integer(-60, 30)));
     check_angle(static_cast<double>(random.integer(-(1ll << 53), 1ll << 53)) * 0x1p-53 * size);
     // The float64 nearest to a multiple of pi/4: where the reduction cancels most.

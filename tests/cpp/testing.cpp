@@ -3,13 +3,13 @@
 
 namespace slmops {
 
+#if defined(__x86_64__)
 namespace avx512_emulated {
 extern const KernelTable kernels;
 }
 namespace amx_emulated {
 extern const KernelTable kernels;
 }
-#if defined(__x86_64__)
 namespace avx_vnni_emulated {
 extern const KernelTable kernels;
 }
@@ -27,9 +27,19 @@ const IsaRow& scalar_row() {
   return all[count - 1];
 }
 
+namespace {
+const IsaRow* chosen_row = nullptr;
+}
+
+void choose_row(const char* name) {
+  chosen_row = select(~0u, name);
+  EXPECT(chosen_row != nullptr, "one of %s, got %s", runnable(~0u).c_str(), name);
+}
+
 const std::vector<IsaRow>& other_rows() {
   static const std::vector<IsaRow> found = [] {
     std::vector<IsaRow> list;
+    if (chosen_row != nullptr) return std::vector<IsaRow>{*chosen_row};
     int count = 0;
     const IsaRow* all = rows(&count);
     const uint32_t offered = system_features();
@@ -44,8 +54,8 @@ const std::vector<IsaRow>& other_rows() {
     for (const IsaRow& row : more) {
       if ((offered & row.requires_features) == row.requires_features) list.push_back(row);
     }
-#endif
     list.push_back({"avx512_vnni, emulated", 0, &avx512_emulated::kernels});
+#endif
     return list;
   }();
   return found;
@@ -54,7 +64,9 @@ const std::vector<IsaRow>& other_rows() {
 const std::vector<IsaRow>& linear_rows() {
   static const std::vector<IsaRow> found = [] {
     std::vector<IsaRow> list = other_rows();
-    list.push_back({"amx, emulated", 0, &amx_emulated::kernels});
+#if defined(__x86_64__)
+    if (chosen_row == nullptr) list.push_back({"amx, emulated", 0, &amx_emulated::kernels});
+#endif
     return list;
   }();
   return found;
@@ -71,7 +83,7 @@ uint16_t to_half(DType type, uint32_t bits) {
   if (type == DType::bf16) return static_cast<uint16_t>(bits >> 16);
   float x;
   memcpy(&x, &bits, sizeof(x));
-  const _Float16 half = static_cast<_Float16>(x);
+  const Half half = static_cast<Half>(x);
   uint16_t out;
   memcpy(&out, &half, sizeof(out));
   return out;
@@ -79,12 +91,19 @@ uint16_t to_half(DType type, uint32_t bits) {
 
 }  // namespace
 
+namespace {
+bool signs = true;
+}
+
+void fill_without_signs() { signs = false; }
+
 void fill(Random& random, DType type, float size, int special, void* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const float x = random.unit() * size;
     uint32_t bits;
     memcpy(&bits, &x, sizeof(bits));
     if (random.chance(special)) bits = random.pick(kSpecial);
+    if (!signs) bits &= 0x7fffffffu;
     uint8_t* p = static_cast<uint8_t*>(out) + i * size_of(type);
     if (type == DType::f32) {
       memcpy(p, &bits, sizeof(bits));
@@ -109,7 +128,8 @@ Format random_format(Random& random) {
     } else {
       f.bits = random.chance(50) ? 4 : 8;
       f.scale_type = random.chance(50) ? DType::f16 : DType::bf16;
-      f.zero_kind = random.pick({ZeroKind::none, ZeroKind::int16, ZeroKind::floating});
+      f.zero_kind =
+          random.pick({ZeroKind::none, ZeroKind::int16, ZeroKind::floating, ZeroKind::offset});
       f.group = random.pick({32, 64, 96, 128, 256, static_cast<int>((f.k + 31) / 32 * 32)});
     }
     const int64_t block = scale_block(f);
@@ -146,7 +166,7 @@ Packed::Packed(const Format& f, Random& random)
     sub_scale[i] = static_cast<uint8_t>(random.integer(0, 15));
   }
   fill(random, f.scale_type, 0.1f, 0, scale.data(), scale.count() / size_of(f.scale_type));
-  if (f.zero_kind == ZeroKind::floating) {
+  if (f.zero_kind == ZeroKind::floating || f.zero_kind == ZeroKind::offset) {
     fill(random, f.scale_type, 16.0f, 0, zero_point.data(), zero_point.count() / 2);
   }
   if (f.zero_kind == ZeroKind::int16) {

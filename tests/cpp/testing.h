@@ -21,6 +21,12 @@
 
 namespace slmops::testing {
 
+#if defined(__aarch64__) && !defined(__clang__)
+using Half = __fp16;  // g++ 12 has _Float16 in C++ only on x86
+#else
+using Half = _Float16;
+#endif
+
 /// splitmix64: the same numbers on every machine.
 class Random {
  public:
@@ -81,11 +87,17 @@ constexpr int64_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
 
 /// The scalar row, which every other one has to equal.
 const IsaRow& scalar_row();
+/// Makes the row `name` of the table the only one under test, whatever the CPU is said to offer.
+/// Before any of the next two.
+void choose_row(const char* name);
 /// All other rows that can run here, emulated ones included.
 const std::vector<IsaRow>& other_rows();
 /// The same, and rows that only have quantize_rows, widen_rows, linear and embedding.
 const std::vector<IsaRow>& linear_rows();
 
+/// From here on `fill` gives no negative numbers. Bochs 3.0 needs that for `amx`: it multiplies the
+/// signed bytes of tdpbsud as unsigned ones.
+void fill_without_signs();
 /// Random values of a type in 16 or 32 bits. `special`: percent of infinities, NaN, zeros,
 /// denormals and huge ones.
 void fill(Random& random, DType type, float size, int special, void* out, int64_t count);
@@ -109,16 +121,18 @@ struct Packed {
 // The tests, one file each.
 void test_header();
 void test_pack();
+void test_checksum();
 void test_convert(bool full);
 void test_kernels(int cases);
 void test_matrix(int cases);
-void test_limits();
+/// Sums as long as int32 allows, or a part of that.
+void test_limits(int part);
 void test_tiles();
 void test_quantize_weight(int cases);
 void test_fp_scope();
 void test_activations(bool full);
 void test_vectors(int cases);
-void test_sin_cos();
+void test_sin_cos(int angles);
 void test_fused(int cases);
 void test_attention(int cases);
 

@@ -42,9 +42,7 @@ def _run(args: argparse.Namespace, screen: Screen) -> int:
     screen.write("\n")
     screen.note(found.summary())
     screen.result(
-        {"model": args.model, "prompt": prompt}
-        | found.as_dict()
-        | {"load_seconds": loaded.load_seconds, "optimize_seconds": loaded.optimize_seconds}
+        {"model": args.model, "prompt": prompt} | found.as_dict() | {"load_seconds": loaded.seconds}
     )
     return OK
 

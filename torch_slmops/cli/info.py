@@ -78,7 +78,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _isa(asked: str | None) -> dict[str, Any]:
-    from torch_slmops.isa import features, isa, isas, missing_features
+    from torch_slmops.isa import describe, features, isa, isas, missing_features
 
     used, runnable = isa(), isas()
     missing = missing_features()
@@ -94,7 +94,12 @@ def _isa(asked: str | None) -> dict[str, Any]:
         else:
             note = "can run here; a better one is in use"
         rows.append({"row": row, "runs_here": row in runnable, "note": note})
-    return {"used": used, "rows": rows, "features_used": features()}
+    return {
+        "used": used,
+        "description": describe(),
+        "rows": rows,
+        "features_used": features(),
+    }
 
 
 def _threads() -> dict[str, Any]:
@@ -153,6 +158,7 @@ def _show(found: dict[str, Any], screen: Screen) -> None:
         ("CPU", f"{cpu['name']} ({cpu['architecture']})"),
         (f"features ({cpu['source']})", " ".join(cpu["features"]) or "none that matter here"),
         ("ISA row", found["isa"]["used"]),
+        *(("", f"{words}.") for words in found["isa"]["description"].rstrip(".").split(". ")),
         ("threads", f"{threads['torch']}, on {threads['cpus_allowed']} CPUs of {threads['cpus']}"),
         *(("", note) for note in threads["notes"]),
     ]

@@ -11,6 +11,7 @@ from torch_slmops import __version__
 from torch_slmops.cli import (
     bench,
     chat,
+    evaluate,
     generate,
     info,
     quantize,
@@ -22,7 +23,7 @@ from torch_slmops.cli.screen import USAGE, Screen, UserError
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = (info, quantize, generate, chat, report, selfcheck, bench, serve)
+COMMANDS = (info, quantize, generate, chat, report, evaluate, selfcheck, bench, serve)
 
 _INTERRUPTED = 130
 _EPILOG = """exit codes: 0 done; 1 it failed, or selfcheck found a difference; 2 wrong arguments;

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,14 +17,19 @@ from typing import Any, TypeVar
 from torch_slmops.cli.screen import USAGE, Screen, UserError
 
 __all__ = [
+    "METHODS",
     "Loaded",
     "add_model_options",
     "load",
     "load_float",
     "locate",
     "prepare_transformers",
+    "read_texts",
     "require_transformers",
 ]
+
+# Of checkpoints whose codes from_checkpoint takes over.
+METHODS = ("gptq", "awq", "compressed-tensors", "bitsandbytes")
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -54,16 +59,14 @@ class Loaded:
         model: The transformers model, optimized unless --no-optimize.
         tokenizer: Its tokenizer, or None where the model has none.
         was_packed: Whether it was packed already, so that the options of quantization had no use.
-        load_seconds: How long reading it took.
-        optimize_seconds: How long `optimize` took.
+        seconds: How long reading and packing took.
     """
 
     source: Source
     model: Any
     tokenizer: Any
     was_packed: bool
-    load_seconds: float
-    optimize_seconds: float
+    seconds: float
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +81,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--scale-kind", choices=("sub16", "group"))
     group.add_argument("--group-size", type=int, metavar="N", help="inputs that share a scale")
     group.add_argument("--asymmetric", action="store_true", help="with zero points")
-    group.add_argument("--activations", choices=("int8", "float"), default="int8")
+    group.add_argument(
+        "--activations", choices=("int8", "float"), help="default: int8 where it serves"
+    )
     group.add_argument("--act-group", type=int, choices=(32, 64, 128, -1))
     group.add_argument("--include", action="append", metavar="PATTERN", help="layers to pack")
     group.add_argument("--exclude", action="append", metavar="PATTERN", help="layers to leave")
@@ -96,8 +101,24 @@ def require_transformers() -> None:
         raise UserError("this command needs transformers: pip install 'torch_slmops[hf]'")
 
 
-def load(args: argparse.Namespace, screen: Screen, *, wants_tokenizer: bool = True) -> Loaded:
+def load(
+    args: argparse.Namespace,
+    screen: Screen,
+    *,
+    wants_tokenizer: bool = True,
+    budget: Mapping[str, Any] | None = None,
+) -> Loaded:
     """Loads the model of the command line, and optimizes it if it is not packed yet.
+
+    A float checkpoint of safetensors is packed while it is read, layer by layer, unless codes are
+    chosen on text. Codes of another tool are taken over, of a .gguf file unless codes are chosen on
+    text: then it is read as floats first.
+
+    Args:
+        args: The options of `add_model_options`.
+        screen: For remarks.
+        wants_tokenizer: Whether the command needs a tokenizer.
+        budget: `max_kl` and what belongs to it, for `optimize`.
 
     Raises:
         UserError: There is no such model, it cannot be read, or an option does not suit it.
@@ -105,27 +126,39 @@ def load(args: argparse.Namespace, screen: Screen, *, wants_tokenizer: bool = Tr
     from torch_slmops.modules import PackedModule
 
     source = locate(args.model)
-    texts = _texts(args.calibration)
+    texts = None if args.calibration is None else read_texts("--calibration", args.calibration)
     prepare_transformers()
+    options = _quantization(args)
     start = time.perf_counter()
-    model = _guarded(source, lambda: _load_model(source, args.dtype)).eval()
+    config = _guarded(source, lambda: _load_config(source))
+    method = _method(config)
+    on_text = texts is not None or budget is not None
+    streamed = options if not on_text and source.gguf is None and method is None else None
+    foreign = method in METHODS or (source.gguf is not None and not on_text)
+    if foreign and options is not None:
+        _refuse_choice(source, on_text)
+        taken = options | {"progress": sys.stderr.isatty()}
+        model = _guarded(source, lambda: _load_foreign(source, args.dtype, taken))
+    else:
+        model = _guarded(source, lambda: _load_model(source, config, args.dtype, streamed)).eval()
     tokenizer = None
-    if wants_tokenizer or texts is not None:
+    if wants_tokenizer or on_text:
         tokenizer = _guarded(source, lambda: _load_tokenizer(source))
-    read = time.perf_counter()
-    was_packed = any(isinstance(module, PackedModule) for module in model.modules())
+    packed = any(isinstance(module, PackedModule) for module in model.modules())
+    was_packed = packed and streamed is None and not foreign
     if was_packed:
         screen.note(f"{args.model} is packed already")
-    elif not args.no_optimize:
-        _optimize(model, args, texts, tokenizer)
-    return Loaded(source, model, tokenizer, was_packed, read - start, time.perf_counter() - read)
+    elif not packed and options is not None:
+        _optimize(model, options | dict(budget or {}), texts, tokenizer)
+    return Loaded(source, model, tokenizer, was_packed, time.perf_counter() - start)
 
 
 def load_float(name: str, dtype: str) -> Any:
     """Loads a model and leaves it as it is; the errors of `load`."""
     source = locate(name)
     prepare_transformers()
-    return _guarded(source, lambda: _load_model(source, dtype)).eval()
+    config = _guarded(source, lambda: _load_config(source))
+    return _guarded(source, lambda: _load_model(source, config, dtype, None)).eval()
 
 
 def locate(name: str) -> Source:
@@ -147,13 +180,38 @@ def locate(name: str) -> Source:
     return Source(name, name)
 
 
-def _texts(files: list[Path] | None) -> list[str] | None:
-    if files is None:
-        return None
+def read_texts(option: str, files: list[Path]) -> list[str]:
+    """The texts of an option's files; a UserError where one cannot be read."""
     try:
         return [file.read_text(encoding="utf-8") for file in files]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--calibration: expected text files in UTF-8: {error}") from error
+        raise UserError(f"{option}: expected text files in UTF-8: {error}") from error
+
+
+def _method(config: Any) -> str | None:
+    """The `quant_method` of a model's config; None where it is not quantized."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    settings = found if isinstance(found, Mapping) else found.to_dict()
+    return str(settings.get("quant_method", "")).lower()
+
+
+def _refuse_choice(source: Source, on_text: bool) -> None:
+    if on_text:
+        raise UserError(
+            f"{source.name}: --calibration and --max-kl choose codes, and this checkpoint has "
+            "codes already",
+            USAGE,
+        )
+
+
+def _load_foreign(source: Source, dtype: str, options: dict[str, Any]) -> Any:
+    """A packed model with the codes of another tool."""
+    from torch_slmops import from_checkpoint
+
+    path = source.folder if source.gguf is None else Path(source.folder) / source.gguf
+    return from_checkpoint(path, dtype=dtype, **options)
 
 
 def prepare_transformers() -> None:
@@ -174,17 +232,28 @@ def prepare_transformers() -> None:
     warnings.filterwarnings("ignore", module="transformers|torch|torchao")
 
 
-def _load_model(source: Source, dtype: str) -> Any:
+def _load_config(source: Source) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source.folder, **source.options)
+
+
+def _load_model(source: Source, config: Any, dtype: str, packing: dict[str, Any] | None) -> Any:
+    """The model, packed while it is read where `packing` has the arguments of `optimize`."""
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(source.folder, **source.options)
     names = config.architectures or [""]
     found = getattr(transformers, names[0], transformers.AutoModelForCausalLM)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    if source.gguf is None:
+    if source.gguf is not None:
+        return _load_gguf(found, source, wanted)
+    if packing is None:
         return found.from_pretrained(source.folder, dtype=wanted)
-    return _load_gguf(found, source, wanted)
+    from torch_slmops import SlmopsConfig
+
+    plan = SlmopsConfig(**packing)
+    return found.from_pretrained(source.folder, dtype=wanted, quantization_config=plan)
 
 
 def _load_gguf(model_class: Any, source: Source, dtype: Any) -> Any:
@@ -224,27 +293,38 @@ def _guarded(source: Source, read: Callable[[], _T]) -> _T:
         raise UserError(f"{source.name}: {what}") from error
 
 
-def _optimize(
-    model: Any, args: argparse.Namespace, texts: list[str] | None, tokenizer: Any
-) -> None:
+def _quantization(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The arguments of `optimize`, checked; None with --no-optimize."""
+    from torch_slmops.optimize import make_formats
+
+    if args.no_optimize:
+        return None
+    formats = {
+        "weights": args.weights,
+        "scale_kind": args.scale_kind,
+        "group_size": args.group_size,
+        "symmetric": not args.asymmetric,
+        "activations": args.activations,
+        "act_group": args.act_group,
+        "lm_head": None if args.lm_head == "none" else args.lm_head,
+    }
+    try:
+        make_formats(**formats)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error), USAGE) from error
+    chosen = {"include": args.include, "exclude": args.exclude}
+    return formats | chosen | {"fuse": not args.no_fuse, "strict": args.strict}
+
+
+def _optimize(model: Any, options: dict[str, Any], texts: list[str] | None, tokenizer: Any) -> None:
     from torch_slmops.optimize import optimize
 
     try:
         optimize(
             model,
-            weights=args.weights,
-            scale_kind=args.scale_kind,
-            group_size=args.group_size,
-            symmetric=not args.asymmetric,
-            activations=args.activations,
-            act_group=args.act_group,
-            lm_head=None if args.lm_head == "none" else args.lm_head,
-            include=args.include,
-            exclude=args.exclude,
-            fuse=not args.no_fuse,
-            strict=args.strict,
+            **options,
             calibration=texts,
-            tokenizer=None if texts is None else tokenizer,
+            tokenizer=tokenizer,
             progress=sys.stderr.isatty(),
         )
     except (ValueError, TypeError) as error:

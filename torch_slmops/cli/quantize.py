@@ -25,6 +25,27 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     models.add_model_options(parser)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     parser.add_argument("--force", action="store_true", help="write into a folder that has files")
+    group = parser.add_argument_group("a budget in the place of a format")
+    group.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="choose the format of each layer: the fewest bytes whose mean KL per token from the "
+        "float model is at most this",
+    )
+    group.add_argument(
+        "--texts",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="text to measure it on, in UTF-8 (may be given again); default: a few samples",
+    )
+    group.add_argument(
+        "--measurements",
+        type=Path,
+        metavar="FILE",
+        help="keep what was measured, for another budget or to go on",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -34,7 +55,7 @@ def _run(args: argparse.Namespace, screen: Screen) -> int:
     if args.no_optimize:
         raise UserError("quantize: --no-optimize would leave nothing to save", USAGE)
     _check_out(args)
-    loaded = models.load(args, screen)
+    loaded = models.load(args, screen, budget=_budget(args))
     if loaded.was_packed:
         raise UserError(f"{args.model} is packed already: copy its folder")
     start = time.perf_counter()
@@ -54,8 +75,7 @@ def _run(args: argparse.Namespace, screen: Screen) -> int:
                 ("weights before", f"{found.bytes_before / 1e6:.2f} MB"),
                 ("weights packed", f"{found.bytes_after / 1e6:.2f} MB"),
                 ("smaller", f"{found.bytes_before / max(found.bytes_after, 1):.1f} x"),
-                ("reading", f"{loaded.load_seconds:.1f} s"),
-                ("packing", f"{loaded.optimize_seconds:.1f} s"),
+                ("reading and packing", f"{loaded.seconds:.1f} s"),
                 ("writing", f"{seconds:.1f} s"),
             ],
         )
@@ -68,14 +88,23 @@ def _run(args: argparse.Namespace, screen: Screen) -> int:
             "out": str(args.out),
             "bytes_before": found.bytes_before,
             "bytes_after": found.bytes_after,
-            "load_seconds": loaded.load_seconds,
-            "optimize_seconds": loaded.optimize_seconds,
+            "pack_seconds": loaded.seconds,
             "save_seconds": seconds,
             "files": sizes,
             "left": [row.name for row in found.left],
         }
     )
     return OK
+
+
+def _budget(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The arguments of `optimize` that are about a budget; None where none was given."""
+    if args.max_kl is None:
+        if args.texts is not None or args.measurements is not None:
+            raise UserError("quantize: --texts and --measurements are for --max-kl", USAGE)
+        return None
+    texts = None if args.texts is None else models.read_texts("--texts", args.texts)
+    return {"max_kl": args.max_kl, "texts": texts, "measurements": args.measurements}
 
 
 def _check_out(args: argparse.Namespace) -> None:

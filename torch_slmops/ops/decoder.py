@@ -66,8 +66,10 @@ def decoder_layers(
             norms [K]; qkv, output, gate_up and down packed as for `qkv_rotary`, `linear` and
             `swiglu`; q_norm and k_norm [D] or [heads * D]; biases.
         cache: For each layer keys and values, [B, Hk, S, D] of the dtype of x, whose last dimension
-            is contiguous. The new ones are written to slots `start` to `start + L`. Or empty: then
-            no keys are kept, and `start` is 0.
+            is contiguous. The new ones are written to slots `start` to `start + L`. Keys may lie in
+            blocks of 16 slots instead, [B, Hk, blocks, D, 16], element [.., i, :, j] that of slot
+            16 i + j: attention reads these without transposing them. Or empty: then no keys are
+            kept, and `start` is 0.
         start: int64 of one element: how many keys the cache holds.
         cos, sin, interleaved: As in `qkv_rotary`.
         mask: As in `attention`, over at least the `start + L` keys; None: causal.

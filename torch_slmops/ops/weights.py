@@ -81,6 +81,7 @@ def pack_(
     group_size: int,
     act_group: int,
     activations: str,
+    offset: bool = False,
 ) -> None:
     """Writes a weight in the packed layout (docs/packed-format.md) into `out`.
 
@@ -97,9 +98,10 @@ def pack_(
         act_group: Inputs that share an activation scale: 32, 64, 128 or -1 (all K); a multiple or
             a divisor of the group.
         activations: "int8" or "float": how `linear` treats its input.
+        offset: `zero_point`, of the scale's dtype, is the m of `w = scale * code + m`.
     """
     OPS.pack_.default(
-        out, codes, scale, zero_point, sub_scale, bits, group_size, act_group, activations
+        out, codes, scale, zero_point, sub_scale, bits, group_size, act_group, activations, offset
     )
 
 
@@ -114,6 +116,7 @@ def _pack_fake(
     group_size: int,
     act_group: int,
     activations: str,
+    offset: bool = False,
 ) -> None:
     return None
 
@@ -153,7 +156,12 @@ class Header(NamedTuple):
 
     def __str__(self) -> str:
         kind = "sub16" if self.scale_kind == "sub16" else f"group {self.group_size}"
-        zero = {"none": "", "int16": ", zero points", "float": ", float zero points"}
+        zero = {
+            "none": "",
+            "int16": ", zero points",
+            "float": ", float zero points",
+            "offset": ", offsets",
+        }
         act = f"int8 activations per {self.act_group}"
         rest = act if self.activations == "int8" else f"{self.activations} activations"
         return f"int{self.bits} {kind}{zero[self.zero_kind]}, {rest}"
@@ -166,7 +174,7 @@ def describe(packed: Tensor) -> Header:
         bits,
         ("group", "sub16")[kind],
         (torch.float16, torch.bfloat16, torch.float32)[dtype],
-        ("none", "int16", "float")[zero],
+        ("none", "int16", "float", "offset")[zero],
         ("int8", "float", "float_fast")[activations],
         *sizes,
     )

@@ -24,7 +24,7 @@ class _Weight(NamedTuple):
     layout: Layout
     codes: Tensor  # int64 [N, k_padded], minus the zero point where that is an integer
     scale: Tensor  # float32 [N, groups]; sub16: [N]
-    zero: Tensor  # float32 [N, groups], floating zero points only
+    zero: Tensor  # float32 [N, groups], floating zero points and offsets only
 
 
 def linear(
@@ -81,9 +81,13 @@ def embedding(ids: Tensor, packed: Tensor, dim: int, dtype: torch.dtype) -> Tens
     if layout.sub16:
         values = values * weight.scale[ids][..., None]
     else:
-        if layout.zero_kind == 2:
-            values = values - weight.zero[ids].repeat_interleave(layout.group, -1)
-        values = values * weight.scale[ids].repeat_interleave(layout.group, -1)
+        scale = weight.scale[ids].repeat_interleave(layout.group, -1)
+        if layout.zero_kind >= 2:
+            zero = weight.zero[ids].repeat_interleave(layout.group, -1)
+        if layout.zero_kind == 3:
+            values = fma32(values, scale, zero)
+        else:
+            values = (values - zero if layout.zero_kind == 2 else values) * scale
     return round_to(values[..., :dim].contiguous(), dtype)
 
 
@@ -125,7 +129,7 @@ def _unpacked(packed: Tensor) -> _Weight:
     groups = layout.k_padded // layout.group
     pad_groups = (0, groups - scale.shape[1])
     scale = torch.nn.functional.pad(scale.float(), pad_groups)
-    if layout.zero_kind == 2:
+    if layout.zero_kind >= 2:
         zero = torch.nn.functional.pad(zero_point.float(), pad_groups)
         return _Weight(layout, torch.nn.functional.pad(wide, (0, missing)), scale, zero)
     if layout.zero_kind == 1:
@@ -148,8 +152,10 @@ def _group_dots(codes: Tensor, s_a: Tensor, weight: _Weight) -> Tensor:
             activations, g = units[:, k // unit], k // layout.group
             s = weight.scale[:, g]
             t = fma32((activations @ weight.codes[:, k : k + unit].T).float(), s, t)
-            if layout.zero_kind == 2:
-                t = fma32(activations.sum(1).float()[:, None], -(s * weight.zero[:, g]), t)
+            if layout.zero_kind >= 2:
+                zero = weight.zero[:, g]
+                shift = zero if layout.zero_kind == 3 else -(s * zero)
+                t = fma32(activations.sum(1).float()[:, None], shift, t)
         acc = fma32(t, s_a[:, a, None], acc)
     return acc
 
@@ -167,9 +173,12 @@ def _sub16_dots(codes: Tensor, s_a: Tensor, weight: _Weight) -> Tensor:
 def _float_sums(x: Tensor, weight: _Weight) -> Tensor:
     """The sums [M, N] with unrounded activations; sub16: not yet times S."""
     layout = weight.layout
-    values = weight.codes.float()
+    values, scale = weight.codes.float(), weight.scale
     if layout.zero_kind == 2:
         values = values - weight.zero.repeat_interleave(layout.group, 1)
+    if layout.zero_kind == 3:
+        wide = (part.repeat_interleave(layout.group, 1) for part in (scale, weight.zero))
+        values, scale = fma32(values, *wide), torch.ones_like(scale)
     acc = x.new_zeros(len(x), layout.n)
     if layout.sub16:
         for k in range(layout.k_padded):
@@ -179,5 +188,5 @@ def _float_sums(x: Tensor, weight: _Weight) -> Tensor:
         t = torch.zeros_like(acc)
         for k in range(g * layout.group, (g + 1) * layout.group):
             t = fma32(x[:, k, None], values[:, k], t)
-        acc = fma32(t, weight.scale[:, g], acc)
+        acc = fma32(t, scale[:, g], acc)
     return acc

@@ -114,5 +114,12 @@ def _or_none(part: Tensor) -> Tensor | None:
 
 def _stored(cache: Tensor, part: Tensor, keys: int) -> Tensor:
     """All keys or values, [B, keys, H, D], after the new ones have been written."""
-    cache[:, :, keys - part.shape[1] : keys] = part.transpose(1, 2)
-    return cache[:, :, :keys].transpose(1, 2)
+    new = slice(keys - part.shape[1], keys)
+    if cache.dim() == 4:
+        cache[:, :, new] = part.transpose(1, 2)
+        return cache[:, :, :keys].transpose(1, 2)
+    slots = cache.transpose(3, 4).flatten(2, 3)  # of blocks of keys
+    slots[:, :, new] = part.transpose(1, 2)
+    blocks = slots.reshape(*cache.shape[:3], cache.shape[4], cache.shape[3])
+    cache.copy_(blocks.transpose(3, 4))
+    return slots[:, :, :keys].transpose(1, 2)

@@ -27,7 +27,7 @@ class Layout(NamedTuple):
     bits: int
     sub16: bool
     scale_type: torch.dtype
-    zero_kind: int  # 0 none, 1 int16, 2 of the scale's type
+    zero_kind: int  # 0 none, 1 int16, 2 of the scale's type, 3 an offset of that type
     activations: str
     n: int
     k: int
@@ -72,6 +72,7 @@ def pack(
     group_size: int,
     act_group: int,
     activations: str,
+    offset: bool = False,
 ) -> Tensor:
     """Returns the packed weight, uint8 [bytes]: what `torch_slmops.ops.pack_` writes.
 
@@ -84,7 +85,7 @@ def pack(
     sub16 = sub_scale is not None and sub_scale.numel() > 0
     zero_kind = 0
     if zero_point is not None and zero_point.numel() > 0:
-        zero_kind = 1 if zero_point.dtype == torch.int16 else 2
+        zero_kind = 3 if offset else 1 if zero_point.dtype == torch.int16 else 2
     group = group_size
     if group == -1:
         group = 16 if sub16 else _round_up(k, 32)

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Ops and a model in Python, with real AArch64 torch, on emulated CPUs: what the host computed is checked there on every row that the CPU
+# has, and what a CPU computes is checked on the host. The best row of each has to be the one expected.
+#
+# usage: tools/arm/python.sh HOST_PYTHON CPU...
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+host=$1
+shift
+declare -A best=([neoverse-n1]=neon_dotprod [neoverse-v1]=neon_i8mm [max]=neon_i8mm)
+mkdir -p .arm/vectors
+
+"$host" tests/vectors.py write .arm/vectors/host.pt
+for cpu; do
+  tools/arm/emulated.sh "$cpu" tests/vectors.py check .arm/vectors/host.pt --row "${best[$cpu]}" --out ".arm/vectors/$cpu.pt"
+  "$host" tests/vectors.py check ".arm/vectors/$cpu.pt"
+  # Neither -m nor pytest's pythonpath may put this folder, with the host's extension, before the package.
+  tools/arm/emulated.sh "$cpu" -P -m pytest -o pythonpath= -q -p no:cacheprovider tests/test_dispatch_arm.py
+done
