@@ -40,8 +40,8 @@ def random_model(shape: ModelShape, positions: int = 16384) -> Any:
         **shape.options,
     )
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return model.eval()
+    auto: Any = AutoModelForCausalLM
+    return auto.from_config(config, dtype=torch.bfloat16).eval()
 
 
 @torch.inference_mode()
