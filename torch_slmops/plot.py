@@ -24,7 +24,7 @@ def plot_kl(evaluations: Mapping[str, Evaluation], path: str | os.PathLike[str])
     if not evaluations:
         raise ValueError("plot_kl: expected at least one evaluation, got none")
     try:
-        from matplotlib.figure import Figure  # type: ignore[import-not-found]
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
             "plot_kl needs matplotlib: pip install matplotlib, or pip install torch_slmops[plot]"
