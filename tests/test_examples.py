@@ -112,7 +112,7 @@ def test_readme_example_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = Path(quickstart.__file__).parents[1]
-    (code,) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)[0]
     monkeypatch.chdir(root)
     exec(compile(code, "README.md", "exec"), {})
     assert "def __eq__(self, other):" in capsys.readouterr().out

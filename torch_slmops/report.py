@@ -236,8 +236,9 @@ def _budget_lines(budget: Budget) -> list[str]:
 def _is_ours(module: nn.Module) -> bool:
     """Whether it computes with nothing but the ops of this package, or exactly."""
     if isinstance(module, FusedAttention):  # else softmax and its two matrix products are torch's
-        config: Any = module.config
-        return module.slmops.row.forward is None and config._attn_implementation == NAME
+        config: Any = getattr(module, "config", None)
+        used = getattr(config, "_attn_implementation", None)
+        return module.slmops.row.forward is None and used == NAME
     return isinstance(module, PackedModule | Rows | Fused) or connects_only(module)
 
 

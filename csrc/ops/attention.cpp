@@ -110,12 +110,12 @@ void AttentionScratch::apply(AttentionArgs* args) const {
 void run_attention(Worker* worker, const AttentionArgs& args, const AttentionScratch& scratch) {
   const int64_t items = args.batch * args.kv_heads * args.blocks;
   worker->share(items * std::max<int64_t>(1, args.splits), [&](int64_t begin, int64_t end) {
-    kernels().attention(args, begin, end, scratch.own.of(worker->index()));
+    worker->table().attention(args, begin, end, scratch.own.of(worker->index()));
   });
 }
 
-void merge_splits(const AttentionArgs& args, int64_t begin, int64_t end) {
-  if (args.splits != 0) kernels().attention_merge(args, begin, end);
+void merge_splits(const KernelTable& table, const AttentionArgs& args, int64_t begin, int64_t end) {
+  if (args.splits != 0) table.attention_merge(args, begin, end);
 }
 
 namespace {
@@ -167,8 +167,9 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v,
   own.apply(&args);
   Team::run(workers, [&](Worker& worker) {
     run_attention(&worker, args, own);
-    worker.share(args.splits == 0 ? 0 : rows,
-                 [&](int64_t begin, int64_t end) { merge_splits(args, begin, end); });
+    worker.share(args.splits == 0 ? 0 : rows, [&](int64_t begin, int64_t end) {
+      merge_splits(worker.table(), args, begin, end);
+    });
   });
   return out;
 }

@@ -27,6 +27,6 @@ struct AttentionScratch {
 /// A phase.
 void run_attention(Worker* worker, const AttentionArgs& args, const AttentionScratch& scratch);
 /// What remains of rows [begin, end), [batch][queries][heads], after it.
-void merge_splits(const AttentionArgs& args, int64_t begin, int64_t end);
+void merge_splits(const KernelTable& table, const AttentionArgs& args, int64_t begin, int64_t end);
 
 }  // namespace slmops

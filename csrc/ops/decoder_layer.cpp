@@ -147,9 +147,9 @@ void DecoderLayer::use(const Memory& memory) {
   memory.attention.apply(&attention_);
 }
 
-void DecoderLayer::fill(const HiddenNorm& norm, const Format& f, const void* x, int64_t row,
-                        int64_t begin, int64_t end, const Memory& memory,
-                        const SlabActivations& out) const {
+void DecoderLayer::fill(const KernelTable& table, const HiddenNorm& norm, const Format& f,
+                        const void* x, int64_t row, int64_t begin, int64_t end,
+                        const Memory& memory, const SlabActivations& out) const {
   const int64_t k = options_.k;
   SourceRows src = rows_from({x, options_.type, k, nullptr}, row);
   if (norm.is_present()) {
@@ -160,14 +160,15 @@ void DecoderLayer::fill(const HiddenNorm& norm, const Format& f, const void* x, 
                            .out = memory.normed,
                            .out_type = options_.type,
                            .k = k};
-    kernels().rms_norm(args, begin, end);
+    table.rms_norm(args, begin, end);
     src.x = memory.normed;
   }
-  fill_rows(f, src, out, begin, end);
+  fill_rows(table, f, src, out, begin, end);
 }
 
-void DecoderLayer::add_branch(const HiddenNorm& norm, const void* x, void* hidden,
-                              const Memory& memory, int64_t row, int64_t begin, int64_t end) const {
+void DecoderLayer::add_branch(const KernelTable& table, const HiddenNorm& norm, const void* x,
+                              void* hidden, const Memory& memory, int64_t row, int64_t begin,
+                              int64_t end) const {
   const int64_t k = options_.k, from = row * k * size_of(options_.type);
   if (norm.is_present()) {
     const NormArgs args = {.norm = norm.norm,
@@ -177,7 +178,7 @@ void DecoderLayer::add_branch(const HiddenNorm& norm, const void* x, void* hidde
                            .out = memory.branch,
                            .out_type = options_.type,
                            .k = k};
-    kernels().rms_norm(args, begin, end);
+    table.rms_norm(args, begin, end);
   }
   const SumArgs args = {.x = static_cast<const uint8_t*>(x) + from,
                         .branch = memory.branch,
@@ -185,15 +186,16 @@ void DecoderLayer::add_branch(const HiddenNorm& norm, const void* x, void* hidde
                         .type = options_.type,
                         .factor = options_.residual_multiplier,
                         .k = k};
-  kernels().add(args, begin, end);
+  table.add(args, begin, end);
 }
 
 void DecoderLayer::run(Worker* worker, const Memory& memory, const void* x, void* hidden) const {
+  const KernelTable& table = worker->table();
   const int64_t rows = options_.rows(), slab = memory.slab, heads = options_.heads[0];
   for (int64_t row = 0; row < rows; row += slab) {
     const int64_t count = std::min(slab, rows - row);
     worker->share(count, [&](int64_t begin, int64_t end) {
-      fill(pre_attention_, qkv_format_, x, row, begin, end, memory, memory.of_qkv);
+      fill(table, pre_attention_, qkv_format_, x, row, begin, end, memory, memory.of_qkv);
     });
     run_qkv(worker, qkv_, memory.of_qkv, row, count, memory.qkv);
   }
@@ -202,8 +204,8 @@ void DecoderLayer::run(Worker* worker, const Memory& memory, const void* x, void
   for (int64_t row = 0; row < rows; row += slab) {
     const int64_t count = std::min(slab, rows - row);
     worker->share(count, [&](int64_t begin, int64_t end) {
-      merge_splits(attention_, (row + begin) * heads, (row + end) * heads);
-      fill_rows(output_format_, rows_from(attended, row), memory.of_output, begin, end);
+      merge_splits(table, attention_, (row + begin) * heads, (row + end) * heads);
+      fill_rows(table, output_format_, rows_from(attended, row), memory.of_output, begin, end);
     });
     run_product(worker, {.f = output_format_,
                          .packed = packed_output_,
@@ -215,12 +217,12 @@ void DecoderLayer::run(Worker* worker, const Memory& memory, const void* x, void
                          .out_type = options_.type,
                          .scratch = memory.output});
     worker->share(count, [&](int64_t begin, int64_t end) {
-      add_branch(post_attention_, x, hidden, memory, row, begin, end);
-      fill(pre_mlp_, gate_up_format_, hidden, row, begin, end, memory, memory.of_mlp);
+      add_branch(table, post_attention_, x, hidden, memory, row, begin, end);
+      fill(table, pre_mlp_, gate_up_format_, hidden, row, begin, end, memory, memory.of_mlp);
     });
     run_mlp(worker, mlp_, memory.of_mlp, count, memory.branch, memory.mlp);
     worker->share(count, [&](int64_t begin, int64_t end) {
-      add_branch(post_mlp_, hidden, hidden, memory, row, begin, end);
+      add_branch(table, post_mlp_, hidden, hidden, memory, row, begin, end);
     });
   }
 }

@@ -102,10 +102,11 @@ class DecoderLayer {
   void run(Worker* worker, const Memory& memory, const void* x, void* hidden) const;
 
  private:
-  void add_branch(const HiddenNorm& norm, const void* x, void* hidden, const Memory& memory,
-                  int64_t row, int64_t begin, int64_t end) const;
-  void fill(const HiddenNorm& norm, const Format& f, const void* x, int64_t row, int64_t begin,
-            int64_t end, const Memory& memory, const SlabActivations& out) const;
+  void add_branch(const KernelTable& table, const HiddenNorm& norm, const void* x, void* hidden,
+                  const Memory& memory, int64_t row, int64_t begin, int64_t end) const;
+  void fill(const KernelTable& table, const HiddenNorm& norm, const Format& f, const void* x,
+            int64_t row, int64_t begin, int64_t end, const Memory& memory,
+            const SlabActivations& out) const;
 
   const LayerOptions& options_;
   const Format qkv_format_, output_format_, gate_up_format_, down_format_;

@@ -23,19 +23,21 @@ SlabActivations take_activations(const Format& f, int64_t rows, Scratch* scratch
           nullptr};
 }
 
-void fill_rows(const Format& f, const SourceRows& src, const SlabActivations& out, int64_t begin,
-               int64_t end) {
+void fill_rows(const KernelTable& table, const Format& f, const SourceRows& src,
+               const SlabActivations& out, int64_t begin, int64_t end) {
   if (is_int8(f)) {
-    kernels().quantize_rows(f, src, out.quantized, begin, end);
+    table.quantize_rows(f, src, out.quantized, begin, end);
   } else {
-    kernels().widen_rows(f, src, out.wide, begin, end);
+    table.widen_rows(f, src, out.wide, begin, end);
   }
 }
 
 void fill_activations(Worker* worker, const Format& f, const SourceRows& src, int64_t row,
                       int64_t rows, const SlabActivations& out) {
   const SourceRows slab = rows_from(src, row);
-  worker->share(rows, [&](int64_t begin, int64_t end) { fill_rows(f, slab, out, begin, end); });
+  worker->share(rows, [&](int64_t begin, int64_t end) {
+    fill_rows(worker->table(), f, slab, out, begin, end);
+  });
 }
 
 LinearArgs linear_args(const Format& f, const uint8_t* packed, const SlabActivations& x) {
@@ -77,7 +79,7 @@ void run_product(Worker* worker, const Product& p) {
   args.out_type = p.out_type;
   args.out_stride = f.n;
   args.scratch = p.scratch.of(worker->index());
-  const KernelTable& table = kernels();
+  const KernelTable& table = worker->table();
   share_cut(
       worker, Cut(f.tiles, p.rows, worker->size()),
       [&](int64_t tile, int64_t first, int64_t last) { table.linear(args, tile, first, last); });

@@ -31,8 +31,8 @@ struct SlabActivations {
 
 SlabActivations take_activations(const Format& f, int64_t rows, Scratch* scratch);
 /// Quantizes or widens rows [begin, end) of `src` to the same rows of `out`.
-void fill_rows(const Format& f, const SourceRows& src, const SlabActivations& out, int64_t begin,
-               int64_t end);
+void fill_rows(const KernelTable& table, const Format& f, const SourceRows& src,
+               const SlabActivations& out, int64_t begin, int64_t end);
 /// A phase: rows [row, row + rows) of `src`, which become the slab's first.
 void fill_activations(Worker* worker, const Format& f, const SourceRows& src, int64_t row,
                       int64_t rows, const SlabActivations& out);

@@ -30,7 +30,7 @@ void run_by_units(Worker* worker, const Qkv& p, const SlabActivations& x, int64_
   float* outputs = reinterpret_cast<float*>(scratch.unit.of(worker->index()));
   args.out = outputs;
   args.out_stride = width;
-  const KernelTable& table = kernels();
+  const KernelTable& table = worker->table();
   const Cut cut((f.tiles + tiles - 1) / tiles, rows, worker->size());
   share_cut(worker, cut, [&](int64_t unit, int64_t first, int64_t last) {
     args.first_row = first;
@@ -57,8 +57,8 @@ void run_by_rows(Worker* worker, const Qkv& p, const SlabActivations& x, int64_t
                        .out_type = DType::f32,
                        .scratch = scratch.product});
   worker->share(rows, [&](int64_t begin, int64_t end) {
-    kernels().heads(p.heads, outputs + begin * f.n, f.n, row + begin, end - begin, 0,
-                    f.n / p.heads.d);
+    worker->table().heads(p.heads, outputs + begin * f.n, f.n, row + begin, end - begin, 0,
+                          f.n / p.heads.d);
   });
 }
 

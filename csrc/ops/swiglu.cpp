@@ -34,7 +34,7 @@ void run_gate_up(Worker* worker, const GatedMlp& p, const SlabActivations& x, co
   args.scratch = scratch.product.of(worker->index());
   float* outputs = reinterpret_cast<float*>(scratch.unit.of(worker->index()));
   args.out = outputs;
-  const KernelTable& table = kernels();
+  const KernelTable& table = worker->table();
   const Cut cut((all + span - 1) / span, rows, worker->size());
   share_cut(worker, cut, [&](int64_t unit, int64_t first, int64_t last) {
     const int64_t column = unit * span, columns = std::min(span, all - column);

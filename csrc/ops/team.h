@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "../isa/isa.h"
 #include "fp_scope.h"
 
 namespace slmops {
@@ -44,6 +45,7 @@ class Team {
     std::atomic<int64_t> count{0};
   };
   const int64_t workers_;
+  const KernelTable& kernels_ = kernels();
   std::vector<Counter> taken_;  // of each worker's tickets
   Counter done_;                // of all
 };
@@ -57,6 +59,9 @@ class Worker {
   /// In 0 .. size() - 1: scratch of this number is its own.
   int64_t index() const { return index_; }
   int64_t size() const { return team_.workers_; }
+  /// Those of the row in use when the op began: another thread may choose a row meanwhile, and what
+  /// one row prepares another cannot read.
+  const KernelTable& table() const { return team_.kernels_; }
 
   /// A phase: body(begin, end) for parts of [0, items), by whichever worker; returns when all are
   /// done.
