@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import assert_computes, projections, save_folder
+from checkpoint_files import SIZES, assert_computes, projections, save_folder
 from small_models import logits, small, tokens
 from torch import Tensor, nn
 
@@ -16,16 +16,6 @@ from torch_slmops.fused import FusedAttention, FusedMLP
 
 bnb = pytest.importorskip("bitsandbytes")
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}
 SETTINGS = {"quant_method": "bitsandbytes", "load_in_8bit": True}
 
 

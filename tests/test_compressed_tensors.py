@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import assert_computes, assert_weights, projections, save_folder
+from checkpoint_files import SIZES, assert_computes, assert_weights, projections, save_folder
 from small_models import logits, small, tokens
 from torch import Tensor
 
@@ -19,17 +19,6 @@ pytest.importorskip("compressed_tensors")
 
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}
 
 
 def weights(bits: int, group: int | None = None, symmetric: bool = True, **more: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bits import assert_same_bits
-from checkpoint_files import assert_computes, assert_weights, projections, save_folder
+from checkpoint_files import SIZES, assert_computes, assert_weights, projections, save_folder
 from gptq_files import awq_layer, gptq_layer
 from small_models import logits, small, tokens, transformers
 from torch import Tensor, nn
@@ -22,16 +22,6 @@ from torch_slmops import from_checkpoint, reference
 from torch_slmops.fused import FusedAttention, FusedMLP
 from torch_slmops.modules import Linear
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}
 # Layers with one input have one act-order.
 BLOCKS = {"q_proj": 1, "k_proj": 2, "v_proj": 3, "o_proj": 11, "gate_proj": 21, "up_proj": 22}
 Made = tuple[Path, Any, dict[str, Tensor]]

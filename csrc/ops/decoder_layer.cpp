@@ -53,6 +53,17 @@ HeadsArgs heads_args(const LayerOptions& o, const HeadNorm& q, const HeadNorm& k
   return args;
 }
 
+/// Of rows [.][k] at x and out, which may be the same.
+NormArgs norm_args(const HiddenNorm& norm, const LayerOptions& o, const void* x, void* out) {
+  return {.norm = norm.norm,
+          .x = x,
+          .type = o.type,
+          .stride = o.k,
+          .out = out,
+          .out_type = o.type,
+          .k = o.k};
+}
+
 HeadView view_of(const CacheView& cache, DType type) {
   return {cache.data, type, cache.batch_stride, cache.slot_stride, cache.head_stride};
 }
@@ -153,14 +164,7 @@ void DecoderLayer::fill(const KernelTable& table, const HiddenNorm& norm, const 
   const int64_t k = options_.k;
   SourceRows src = rows_from({x, options_.type, k, nullptr}, row);
   if (norm.is_present()) {
-    const NormArgs args = {.norm = norm.norm,
-                           .x = src.x,
-                           .type = options_.type,
-                           .stride = k,
-                           .out = memory.normed,
-                           .out_type = options_.type,
-                           .k = k};
-    table.rms_norm(args, begin, end);
+    table.rms_norm(norm_args(norm, options_, src.x, memory.normed), begin, end);
     src.x = memory.normed;
   }
   fill_rows(table, f, src, out, begin, end);
@@ -171,14 +175,7 @@ void DecoderLayer::add_branch(const KernelTable& table, const HiddenNorm& norm, 
                               int64_t end) const {
   const int64_t k = options_.k, from = row * k * size_of(options_.type);
   if (norm.is_present()) {
-    const NormArgs args = {.norm = norm.norm,
-                           .x = memory.branch,
-                           .type = options_.type,
-                           .stride = k,
-                           .out = memory.branch,
-                           .out_type = options_.type,
-                           .k = k};
-    table.rms_norm(args, begin, end);
+    table.rms_norm(norm_args(norm, options_, memory.branch, memory.branch), begin, end);
   }
   const SumArgs args = {.x = static_cast<const uint8_t*>(x) + from,
                         .branch = memory.branch,
