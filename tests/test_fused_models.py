@@ -70,14 +70,19 @@ class TestFallback:
     def test_gradients_go_through_packed_layers(self, family: str) -> None:
         original = small(family)
         model = optimize(small(family), activations="float", lm_head=None)
+        plain = dequantized(original, model)
         embeds = torch.randn(1, 3, 96)
-        grads = []
-        for one in (model, dequantized(original, model)):
-            x = embeds.clone().requires_grad_(True)
+
+        def gradient(one: Any, dtype: torch.dtype) -> Tensor:
+            x = embeds.to(dtype, copy=True).requires_grad_(True)
             one(inputs_embeds=x).logits.square().mean().backward()
             assert x.grad is not None
-            grads.append(x.grad)
-        assert torch.allclose(grads[0], grads[1], atol=1e-4 * float(grads[1].abs().max()))
+            return x.grad.double()
+
+        packed, floating = gradient(model, torch.float32), gradient(plain, torch.float32)
+        exact = gradient(plain.double(), torch.float64)
+        # Both round at every step to float32, in other orders: their errors are of one size.
+        assert (packed - exact).norm() <= 4 * (floating - exact).norm()
 
     def test_gradients_through_experts_are_refused_by_a_clear_error(self) -> None:
         model = optimize(small("qwen3_moe"))

@@ -18,7 +18,7 @@ from small_models import logits, small, tokens, transformers
 from torch import Tensor, nn
 
 import torch_slmops
-from torch_slmops import from_checkpoint, reference
+from torch_slmops import from_checkpoint, ops, quantize_weight, reference
 from torch_slmops.fused import FusedAttention, FusedMLP
 from torch_slmops.modules import Linear
 
@@ -181,7 +181,12 @@ class TestActOrder:
         down.weight = expected[name]
         assert down.perm is None
         assert down.origin == ""
-        assert torch.allclose(down.weight + 0, expected[name], atol=0.2)
+        header = ops.describe(down.packed)
+        symmetric = header.zero_kind == "none"
+        again = quantize_weight(
+            expected[name], header.bits, header.scale_kind, header.group_size, symmetric=symmetric
+        )
+        assert_same_bits(down.weight + 0, again.dequantize())
 
 
 @pytest.mark.parametrize("group", [32, 64, -1])

@@ -16,6 +16,7 @@ import torch_slmops
 from torch_slmops import formats as formats_module
 from torch_slmops import ops, optimize, report
 from torch_slmops.modules import Embedding, Linear, PackedModule
+from torch_slmops.notes import options_of
 
 
 class Tied(nn.Module):
@@ -239,6 +240,12 @@ def test_strict_allows_what_was_asked_for() -> None:
     assert type(model[0]) is Doubled
 
 
+def test_names_may_be_an_iterator() -> None:
+    model = optimize(tied(), include=iter(["layers.*", "embed"]), exclude=iter(["*.1"]))
+    assert set(formats(model)) == {"layers.0", "embed"}
+    assert options_of(model)["include"] == ["embed", "layers.*"]
+
+
 def test_head_of_a_left_embedding_is_packed_as_a_head() -> None:
     model = nn.Sequential(Scaled(8, 32), nn.Linear(32, 8, bias=False)).eval()
     model[1].weight = model[0].weight
@@ -277,6 +284,22 @@ def test_refuses_models(name: str) -> None:
     make, error, words = REFUSED[name]
     with pytest.raises(error, match=words):
         optimize(make())
+
+
+@pytest.mark.parametrize("package", ["gptqmodel.nn_modules.qlinear.torch", "awq.modules.linear"])
+def test_tells_where_the_codes_of_other_tools_can_be_read(package: str) -> None:
+    class Quantized(nn.Module):
+        """A layer as gptqmodel and AutoAWQ leave it; its codes may lie in the order of a kernel."""
+
+    Quantized.__module__ = package
+    model = nn.Sequential(nn.Linear(32, 32), Quantized()).eval()
+    with pytest.raises(ValueError, match=r"1 is a .*Quantized.*torch_slmops\.from_checkpoint"):
+        optimize(model)
+    model = tied()
+    model.quantization_method = "gptq"
+    with pytest.raises(ValueError, match=r"quantized already.*torch_slmops\.from_checkpoint"):
+        optimize(model)
+    assert not isinstance(model.embed, PackedModule)
 
 
 @pytest.mark.filterwarnings("ignore")  # torchao's own, at import

@@ -278,6 +278,42 @@ class TestErrors:
             quantizer.validate_environment(device_map={"": "cuda"})
 
 
+class TestOtherDtypes:
+    """Converting a packed model changes what is still float, and leaves the codes alone."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_to(self, dtype: torch.dtype, packed: Path) -> None:
+        model, want = auto(packed).to(dtype), auto(packed, dtype=dtype)
+        assert_same_bits(logits(model, IDS), logits(want, IDS))
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        for module in model.modules():
+            if isinstance(module, PackedModule):
+                assert (module.dtype, module.packed.dtype) == (dtype, torch.uint8)
+        assert logits(model, IDS).dtype == dtype
+
+    def test_there_and_back(self, packed: Path, tmp_path: Path) -> None:
+        """The small float parts (norms) are ones, which every dtype holds."""
+        want = logits(auto(packed), IDS)
+        model = auto(packed).to(torch.bfloat16).to(torch.float32)
+        assert_same_bits(logits(model, IDS), want)
+        model.save_pretrained(tmp_path / "again")
+        assert_same_bits(logits(auto(tmp_path / "again"), IDS), want)
+
+    @pytest.mark.parametrize("name", ["half", "float"])
+    def test_methods(self, name: str, packed: Path) -> None:
+        """transformers refuses them for every model that was loaded quantized."""
+        model = auto(packed)
+        want = logits(model, IDS)
+        with pytest.raises(ValueError, match="not supported for quantized model"):
+            getattr(model, name)()
+        assert_same_bits(logits(model, IDS), want)
+        optimized = optimize(small("llama"))
+        dtype = torch.float16 if name == "half" else torch.float32
+        assert_same_bits(
+            logits(getattr(copy.deepcopy(optimized), name)(), IDS), logits(optimized.to(dtype), IDS)
+        )
+
+
 class TestStream:
     """What is special about quantizing while loading."""
 
@@ -318,6 +354,21 @@ class TestStream:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=rf"{name}: expected the shape \(152, 96\), got \(151"):
             auto(folder, quantization_config=SlmopsConfig())
+
+    def test_names_by_a_function(self, tmp_path: Path) -> None:
+        """Saved as the names that it chose, with which the float model is quantized alike."""
+        folder = folder_of(tmp_path, "llama")
+        model = optimize(
+            auto(folder), include=lambda n: "layers" in n, exclude=lambda n: n.endswith("1.mlp")
+        )
+        model.save_pretrained(tmp_path / "packed")
+        options = auto(tmp_path / "packed").config.quantization_config
+        assert options.exclude == ["model.layers.1.mlp"]
+        assert "model.layers.0.self_attn.q_proj" in options.include
+        assert not any("embed" in name for name in options.include)
+        again = auto(folder, quantization_config=SlmopsConfig(**options.options()))
+        assert str(report(again)) == str(report(model))
+        assert_same_bits(logits(again, IDS), logits(model, IDS))
 
     def test_a_head_that_the_checkpoint_lacks(self, tmp_path: Path) -> None:
         folder = folder_of(tmp_path, "llama")

@@ -13,13 +13,27 @@ from bits import assert_same_bits
 from torch import Tensor
 
 from torch_slmops import ops, reference
-from torch_slmops.rotary_tables import inverse_frequencies
+from torch_slmops.rotary_tables import scaled_frequencies
 
 transformers = pytest.importorskip("transformers")
 
 U = 2.0**-24
 LARGEST = 1 << 30
 LENGTH = 131072
+
+
+def inverse_frequencies(config: Any, layer_type: str | None = None) -> tuple[Tensor, float]:
+    """Those of a config, or of its layers of one type, and the factor of cos and sin."""
+    parameters = config.rope_parameters
+    if layer_type is not None:
+        parameters = parameters[layer_type]
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None:
+        head_dim = config.hidden_size // config.num_attention_heads
+    width = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
+    kind = parameters.get("rope_type") or "default"
+    return scaled_frequencies(kind, parameters, config, width)
+
 
 PARAMETERS: dict[str, dict[str, Any]] = {
     "default": {"rope_theta": 10000.0},

@@ -365,6 +365,19 @@ def test_checksum_is_what_its_definition_says(size: int, threads: None) -> None:
     for count in (1, 2):
         torch.set_num_threads(count)
         assert ops.checksum(values) == want
+        copy = torch.zeros_like(values)
+        assert ops.copy_checksum(copy, values) == want
+        assert torch.equal(copy, values)
+
+
+def test_copies_have_the_size_of_what_they_copy() -> None:
+    bytes_ = torch.zeros(10, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="_copy_checksum: expected out of 10 bytes, got 9"):
+        ops.copy_checksum(bytes_[:9], bytes_)
+    with pytest.raises(RuntimeError, match="_copy_checksum: expected out of one dimension"):
+        ops.copy_checksum(torch.zeros(20, dtype=torch.uint8)[::2], bytes_)
+    with pytest.raises(RuntimeError, match="_copy_checksum: expected bytes of dtype uint8"):
+        ops.copy_checksum(bytes_, bytes_.float())
 
 
 def test_checksum_of_other_tensors() -> None:

@@ -176,7 +176,7 @@ class _Finder:
         )
 
     def look_at(self, name: str, module: nn.Module) -> None:
-        if isinstance(module, Fused | PackedModule) or not name:
+        if isinstance(module, Fused | PackedModule):
             return
         spec: Spec | str = match_norm(module)
         for match in (match_mlp, match_experts, match_attention):
@@ -187,6 +187,8 @@ class _Finder:
             if not isinstance(found, str) or not found.startswith("no family"):
                 spec = found
         if isinstance(spec, str):
+            if not name:  # the model itself, whatever its class is called
+                return
             packed = [n for n, c in module._modules.items() if isinstance(c, PackedModule)]
             if looks_like_a_block(module) and packed:
                 why = f"its {packed[0]} was packed before, without fusing"

@@ -19,11 +19,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from torch_slmops import memory
 from torch_slmops.dequantize import dequantize
-from torch_slmops.files import Checkpoint, check
+from torch_slmops.files import Checkpoint, check, taken
 from torch_slmops.notes import note_saved
-from torch_slmops.optimize import make_formats
+from torch_slmops.plan import make_formats
 from torch_slmops.rebuild import Structure, plan_structure
 from torch_slmops.recipe import (
     FORMAT_VERSION,
@@ -235,16 +234,19 @@ def _taken(tensor: Tensor, name: str, recipe: Recipe, files: dict[str, str], fir
     """A copy of a loaded tensor that is what was saved, as far as its dtype lets one see."""
     dtype = getattr(torch, recipe.tensors[name].dtype)
     # A wider dtype that the caller asked for holds the same values, a narrower one does not.
-    if tensor.device.type != "meta" and torch.promote_types(tensor.dtype, dtype) == tensor.dtype:
-        try:
-            check(tensor.to(dtype), name, recipe.tensors[name], files.get(name, first))
-        except SavedModelError:
-            if name in files:
-                raise
-            raise _missing(first, name) from None
-    elif tensor.device.type == "meta":
+    stored, file = recipe.tensors[name], files.get(name, first)
+    if tensor.device.type == "meta":
         raise _missing(first, name)
-    return memory.copied(tensor) if tensor.dtype == torch.uint8 else tensor.clone()
+    try:
+        if tensor.dtype == dtype:
+            return taken(tensor, name, stored, file)
+        if torch.promote_types(tensor.dtype, dtype) == tensor.dtype:
+            check(tensor.to(dtype), name, stored, file)
+    except SavedModelError:
+        if name in files:
+            raise
+        raise _missing(first, name) from None
+    return tensor.clone()
 
 
 def _missing(file: str, name: str) -> SavedModelError:

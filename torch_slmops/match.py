@@ -28,6 +28,8 @@ from torch_slmops.probe import activation_kind, difference, plain_forward
 __all__ = ["match_attention", "match_experts", "match_layer", "match_mlp", "match_norm"]
 
 _Row = TypeVar("_Row", Attention, GatedMLP, Experts, RMSNorm, DecoderLayer)
+_Gated = TypeVar("_Gated", GatedMLP, Experts)
+_GatedSpec = TypeVar("_GatedSpec", MLPSpec, ExpertsSpec)
 _UNKNOWN = "no family has its structure"
 # What an attention's forward may take by name: everything else would be a feature unknown here.
 _PARAMETERS = {
@@ -52,7 +54,7 @@ def _children(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in module._modules.items() if child is not None}
 
 
-def _has_parts(module: nn.Module, children: Iterable[str], parameters: Iterable[str]) -> bool:
+def _has_parts(module: nn.Module, children: Iterable[str], parameters: Iterable[str] = ()) -> bool:
     own = {name for name, p in module._parameters.items() if p is not None}
     buffers = {name for name, b in module._buffers.items() if b is not None}
     return set(_children(module)) == set(children) and own == set(parameters) and not buffers
@@ -112,54 +114,68 @@ def match_norm(module: nn.Module) -> NormSpec | str:
 
 def match_mlp(module: nn.Module) -> MLPSpec | str:
     """Returns what gated MLP `module` is, or why none."""
-    tried: list[str] = []
-    for row in _rows_of(GatedMLP):
-        function = (row.activation,) if row.activation in _children(module) else ()
-        linears = (*row.gate_up, row.down)
-        if not _has_parts(module, (*linears, *row.dropouts, *function), ()):
-            continue
-        if not _are_linear(module, linears) or not _are_dropouts(module, row.dropouts):
-            tried.append(f"not {row.name}: a projection is not an nn.Linear")
-            continue
-        if _replaced(module):
-            return "a method of it was replaced"
-        kind = activation_kind(module, row.activation)
-        if kind is None:
-            tried.append(f"not {row.name}: its activation is none of {', '.join(ACTIVATIONS)}")
-            continue
-        packed = "gate_up" if len(row.gate_up) == 2 else row.gate_up[0]
-        spec = MLPSpec(row, kind, packed)
-        found = difference(module, spec)
-        if found is None:
-            return spec
-        tried.append(f"not {row.name}: {found}")
-    return "; ".join(tried) or _UNKNOWN
+
+    def structure(row: GatedMLP) -> str | None:
+        if not _has_parts(module, (*row.gate_up, row.down, *row.dropouts, *_function(module, row))):
+            return _UNKNOWN
+        if not _are_linear(module, (*row.gate_up, row.down)):
+            return "a projection is not an nn.Linear"
+        if not _are_dropouts(module, row.dropouts):
+            return "a dropout is something else"
+        return None
+
+    def spec(row: GatedMLP, kind: str) -> MLPSpec:
+        return MLPSpec(row, kind, "gate_up" if len(row.gate_up) == 2 else row.gate_up[0])
+
+    return _match_gated(module, GatedMLP, structure, spec)
 
 
 def match_experts(module: nn.Module) -> ExpertsSpec | str:
     """Returns what experts `module` is, or why none."""
-    tried: list[str] = []
-    for row in _rows_of(Experts):
-        function = (row.activation,) if row.activation in _children(module) else ()
-        if not _has_parts(module, function, (row.gate_up, row.down)):
-            continue
+
+    def structure(row: Experts) -> str | None:
+        if not _has_parts(module, _function(module, row), (row.gate_up, row.down)):
+            return _UNKNOWN
         gate_up, down = (module._parameters[name] for name in (row.gate_up, row.down))
         assert gate_up is not None and down is not None
         if gate_up.dim() != 3 or down.dim() != 3 or 2 * down.shape[2] != gate_up.shape[1]:
-            continue
-        if getattr(module, row.count, None) != len(gate_up) or len(down) != len(gate_up):
-            continue
-        if _replaced(module):
+            return _UNKNOWN
+        count = getattr(module, row.count, None)
+        return None if count == len(gate_up) == len(down) else _UNKNOWN
+
+    return _match_gated(module, Experts, structure, ExpertsSpec)
+
+
+def _function(module: nn.Module, row: GatedMLP | Experts) -> tuple[str, ...]:
+    """The name of the activation, where it is a child."""
+    return (row.activation,) if row.activation in _children(module) else ()
+
+
+def _match_gated(
+    module: nn.Module,
+    kind: type[_Gated],
+    structure: Callable[[_Gated], str | None],
+    spec: Callable[[_Gated, str], _GatedSpec],
+) -> _GatedSpec | str:
+    """The spec of the row of `kind` that `module` is, or why none.
+
+    `structure` says what of a module's parts is not as a row has them.
+    """
+    tried: list[str] = []
+    for row in _rows_of(kind):
+        wrong = structure(row)
+        if wrong is None and _replaced(module):
             return "a method of it was replaced"
-        kind = activation_kind(module, row.activation)
-        if kind is None:
-            tried.append(f"not {row.name}: its activation is none of {', '.join(ACTIVATIONS)}")
-            continue
-        spec = ExpertsSpec(row, kind)
-        found = difference(module, spec)
-        if found is None:
-            return spec
-        tried.append(f"not {row.name}: {found}")
+        function = None if wrong else activation_kind(module, row.activation)
+        if wrong is None and function is None:
+            wrong = f"its activation is none of {', '.join(ACTIVATIONS)}"
+        if wrong is None and function is not None:
+            found = spec(row, function)
+            wrong = difference(module, found)
+            if wrong is None:
+                return found
+        if wrong != _UNKNOWN:
+            tried.append(f"not {row.name}: {wrong}")
     return "; ".join(tried) or _UNKNOWN
 
 

@@ -14,7 +14,7 @@ import mmap
 import torch
 from torch import Tensor
 
-__all__ = ["HUGE_PAGE", "copied", "empty", "give_back"]
+__all__ = ["HUGE_PAGE", "empty", "give_back"]
 
 HUGE_PAGE = 2 << 20
 
@@ -40,13 +40,6 @@ def empty(size: int) -> Tensor:
     with contextlib.suppress(OSError):  # A kernel without huge pages: slower, as good otherwise.
         region.madvise(mmap.MADV_HUGEPAGE, start, min(rounded, len(region) - start))
     return torch.frombuffer(region, dtype=torch.uint8, count=size, offset=start)
-
-
-def copied(values: Tensor) -> Tensor:
-    """Returns a copy of uint8 [bytes] in memory as `empty` gives it."""
-    out = empty(values.numel())
-    out.copy_(values)
-    return out
 
 
 def give_back() -> None:

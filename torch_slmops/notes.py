@@ -87,8 +87,6 @@ def options_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if callable(value):  # names by a function: only the result is known
-        return None
     if isinstance(value, list | tuple | set | frozenset):
         return sorted(value)
     return value

@@ -5,39 +5,27 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from torch_slmops import budget, foreign, memory
-from torch_slmops.activation_check import Layers, suited_formats
+from torch_slmops import budget, foreign
+from torch_slmops.activation_check import suited_formats
 from torch_slmops.adopt import adopted
 from torch_slmops.attention import use_own_attention
-from torch_slmops.calibrate import Unit, calibrate, make_batches
-from torch_slmops.formats import Format as _Format
-from torch_slmops.fuse import Block, Left, Plan, Swap, build, find_blocks, possible_blocks, put
-from torch_slmops.modules import Embedding, Linear, PackedModule
+from torch_slmops.calibrate import calibrate, make_batches
+from torch_slmops.carry_out import Codes, carry_out
 from torch_slmops.notes import note_budget, note_left, note_options
 from torch_slmops.pieces import pieces_of
-from torch_slmops.processes import uninterrupted
+from torch_slmops.plan import by_weight, layers_of, make_formats, plan_work, units_of
 from torch_slmops.progress import progress_bar
-from torch_slmops.stack import link_runs
-from torch_slmops.survey import Patterns, Site, check_model, chooser, find_sites, weight_key
-from torch_slmops.weights import FLOAT_DTYPES, QuantizedWeight, resolve_scales
+from torch_slmops.survey import Patterns, check_model, listed, spelled
 from torch_slmops.windows import Texts
 
 __all__ = ["optimize"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-Formats: TypeAlias = "dict[bool, _Format | None]"
-
-_BITS = {"int4": 4, "int8": 8}
 _UNNAMED = ("int4", None, None, True, None, None)  # the defaults of the arguments of a format
 _logger = logging.getLogger("torch_slmops")
 
@@ -141,6 +129,7 @@ def optimize(
             would be left; `max_kl` cannot be met (the error says what can, and why).
     """
     named = (weights, scale_kind, group_size, symmetric, activations, act_group)
+    include, exclude = listed(include), listed(exclude)
     with adopted(model):
         _check_budget(max_kl, named == _UNNAMED, texts is not None or measurements is not None)
         check_model(model)
@@ -158,15 +147,15 @@ def optimize(
                 "leave them out"
             )
         if max_kl is not None:
-            pieces = pieces_of(_by_weight(work.alone), work.blocks)
+            pieces = pieces_of(by_weight(work.alone), work.blocks)
             found = budget.choose(
                 model, pieces, max_kl, texts, tokenizer, batches, measurements, progress
             )
             codes.formats, codes.packed = found.formats, found.packed
         elif activations is None and act_group is None and fixed is None:
-            codes.formats = suited_formats(model, _layers(work), batches[0] if batches else None)
+            codes.formats = suited_formats(model, layers_of(work), batches[0] if batches else None)
         if found is None and batches is not None:
-            units = _units(work)
+            units = units_of(work)
             total = sum(unit.size for unit in units)
             with progress_bar(total, progress, "calibrating") as advance:
                 codes.packed = calibrate(model, units, batches, advance)
@@ -184,85 +173,14 @@ def optimize(
         "activations": activations or "int8",
         "act_group": act_group,
         "lm_head": lm_head,
-        "include": include,
-        "exclude": exclude,
+        "include": spelled(include, work.names),
+        "exclude": spelled(exclude, work.names),
         "fuse": fuse,
     }
     note_options(model, options)
     count = len(work.todo)
     _logger.info("optimize: packed %d layers, fused %d blocks", count, len(work.blocks))
     return model
-
-
-@dataclass(frozen=True)
-class Work:
-    """What `optimize` is going to do to a model.
-
-    Attributes:
-        formats: As `make_formats` gives them.
-        todo: What is packed, with what goes into blocks.
-        alone: What of that is packed on its own.
-        blocks: What is fused.
-        left: Blocks that are not.
-    """
-
-    formats: Formats
-    todo: list[Site]
-    alone: list[Site]
-    blocks: list[Block]
-    left: dict[str, Left]
-
-    @property
-    def size(self) -> int:
-        """The number of weights in `todo`, shared ones once."""
-        return _count(self.todo)
-
-
-def plan_work(
-    model: nn.Module,
-    formats: Formats,
-    include: Patterns | None,
-    exclude: Patterns | None,
-    fuse: bool,
-    strict: bool,
-) -> Work:
-    """Decides what `optimize` with these arguments does; changes nothing.
-
-    Weights may be on the meta device; rotary tables on it are left.
-    """
-    sites = find_sites(model)
-    blocks = possible_blocks(model) if fuse else []
-    included, excluded = chooser(sites, blocks, include, exclude)
-    chosen = [s for s in sites if included(*s.names) and not excluded(*s.names) and not s.is_packed]
-    chosen = [s for s in chosen if formats[s.is_head] is not None or foreign.is_foreign(s.module)]
-    todo = [site for site in chosen if site.obstacle is None]
-    plan = find_blocks(model, sites, todo, included, excluded) if fuse else Plan()
-    experts = {block.module for block in plan.blocks if not block.sites}
-    if strict:
-        _refuse_leftovers([site for site in chosen if site.module not in experts], plan.left)
-    for site in todo:
-        _check_dtype(site)
-    taken = {site.module for block in plan.blocks for site in block.sites}
-    alone = [site for site in todo if site.module not in taken]
-    return Work(formats, todo, alone, plan.blocks, plan.left)
-
-
-def carry_out(
-    model: nn.Module, work: Work, codes: Codes, advance: Callable[[int], object]
-) -> dict[nn.Module, PackedModule]:
-    """Packs and fuses what `work` says; an exception leaves the model as it was.
-
-    Returns:
-        What replaced the modules of `work.alone`.
-    """
-    with torch.no_grad():
-        replacements = _build(work.alone, work.formats, codes, advance)
-        swaps = _build_blocks(work.blocks, work.formats[False], codes, advance)
-    ties = remaining_ties(model, replacements)
-    with uninterrupted():
-        swap(model, replacements, ties, swaps)
-    memory.give_back()
-    return replacements
 
 
 def _check_budget(max_kl: Any, formats_are_unnamed: bool, others_are_named: bool) -> None:
@@ -277,247 +195,3 @@ def _check_budget(max_kl: Any, formats_are_unnamed: bool, others_are_named: bool
             "optimize: max_kl chooses the format of each layer: leave out weights, scale_kind, "
             "group_size, symmetric, activations and act_group, or max_kl"
         )
-
-
-def make_formats(
-    weights: str,
-    scale_kind: str | None,
-    group_size: int | None,
-    symmetric: bool,
-    activations: str | None,
-    act_group: int | None,
-    lm_head: str | None,
-) -> Formats:
-    """Returns the formats of other layers (False) and of head and embeddings (True; None: left)."""
-    if weights not in _BITS:
-        raise ValueError(f'optimize: expected weights "int4" or "int8", got {weights!r}')
-    if lm_head is not None and lm_head not in _BITS:
-        raise ValueError(f'optimize: expected lm_head "int4", "int8" or None, got {lm_head!r}')
-    activations = activations or "int8"
-    if activations not in ("int8", "float"):
-        raise ValueError(f'optimize: expected activations "int8" or "float", got {activations!r}')
-    if act_group not in (None, 32, 64, 128, -1):
-        raise ValueError(f"optimize: expected act_group 32, 64, 128 or -1, got {act_group!r}")
-
-    def make(bits: int, scale_kind: str | None, group: int | None, symmetric: bool) -> _Format:
-        kind, size = resolve_scales(bits, scale_kind, group, symmetric)
-        if kind == "group" and size != -1 and size % 32 != 0:
-            raise ValueError(f"optimize: expected group_size to be a multiple of 32, got {size}")
-        return _Format(bits, kind, size, symmetric, act_group, activations)
-
-    layers = make(_BITS[weights], scale_kind, group_size, symmetric)
-    if lm_head is None:
-        return {False: layers, True: None}
-    head = layers if lm_head == weights else make(_BITS[lm_head], None, None, True)
-    return {False: layers, True: head}
-
-
-def _refuse_leftovers(chosen: list[Site], blocks: dict[str, Left]) -> None:
-    left = [f"{site.name}: {site.obstacle}" for site in chosen if site.obstacle is not None]
-    left += [
-        f"{name}: {block.what} cannot be fused, {block.reason}"
-        for name, block in blocks.items()
-        if not block.asked
-    ]
-    if left:
-        raise ValueError(
-            "optimize: strict=True, and these layers cannot be packed or fused (name them in "
-            "exclude, use fuse=False, or drop strict):\n  " + "\n  ".join(left)
-        )
-
-
-def _weight(site: Site) -> Tensor:
-    weight = site.module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
-
-
-def _key(site: Site) -> tuple[object, ...]:
-    weight = site.module.weight
-    assert isinstance(weight, Tensor)
-    return weight_key(weight)
-
-
-def _check_dtype(site: Site) -> None:
-    dtype = _weight(site).dtype
-    if dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            f"optimize: expected weights of float32, bfloat16 or float16, got {dtype} in "
-            f"{site.name}; convert the model (model.to(torch.float32)) or name the layer in exclude"
-        )
-
-
-def _count(todo: list[Site]) -> int:
-    """The number of weights in `todo`, shared ones once."""
-    return sum({_key(site): _weight(site).numel() for site in todo}.values())
-
-
-def _by_weight(todo: list[Site]) -> list[list[Site]]:
-    """The sites that share a weight, together."""
-    groups: dict[tuple[object, ...], list[Site]] = {}
-    for site in todo:
-        groups.setdefault(_key(site), []).append(site)
-    return list(groups.values())
-
-
-def _units(work: Work) -> list[Unit]:
-    """What is calibrated together: the layers of a fused weight, or those that share one."""
-    units = []
-    for first, *twins in _by_weight(work.alone):
-        how = work.formats[first.is_head]
-        assert how is not None
-        others = tuple(site.module for site in twins)
-        units.append(Unit(first.name, (first.module,), others, how.quantize, how.pack))
-    how = work.formats[False]
-    assert how is not None
-    for block in work.blocks:
-        if block.sites:
-            layers = tuple(site.module for site in block.sites)
-            units.append(Unit(block.sites[0].name, layers, (), how.quantize, how.pack))
-    return [unit for unit in units if unit.watched()]
-
-
-def _layers(work: Work) -> list[Layers]:
-    """What goes into one weight, for a look at its inputs."""
-    found = []
-    for sites in _by_weight(work.alone):
-        how = work.formats[sites[0].is_head]
-        linear = [site.module for site in sites if isinstance(site.module, nn.Linear)]
-        assert how is not None
-        found.append(Layers(sites[0].module, tuple(linear[:1]), how))
-    for block in work.blocks:
-        how = work.formats[False]
-        assert how is not None
-        if block.sites:
-            modules = tuple(site.module for site in block.sites)
-            found.append(Layers(modules[0], modules, how))
-    return found
-
-
-@dataclass
-class Codes:
-    """Weights that calibration has packed, and formats other than those of the work.
-
-    Both by first module; none where neither was asked for.
-    """
-
-    packed: dict[nn.Module, Tensor] = field(default_factory=dict)
-    formats: dict[nn.Module, _Format] = field(default_factory=dict)
-
-    def quantize(self, module: nn.Module, how: _Format, weight: Tensor) -> QuantizedWeight:
-        """The calibrated weight, which is given away, or the plainly rounded one."""
-        found = self.packed.pop(module, None)
-        return how.quantize(weight) if found is None else QuantizedWeight.unpack(found)
-
-
-def _build(
-    todo: list[Site],
-    formats: Formats,
-    codes: Codes,
-    advance: Callable[[int], object],
-) -> dict[nn.Module, PackedModule]:
-    """The packed modules that take the places of those of `todo`; nothing is replaced yet."""
-    replacements: dict[nn.Module, PackedModule] = {}
-    for sites in _by_weight(todo):
-        first, weight = sites[0], _weight(sites[0])
-        how = codes.formats.get(first.module, formats[first.is_head] or formats[False])
-        assert how is not None
-        calibrated = first.module in codes.packed
-        with _named(first.name):
-            packed, perm, origin = _pack(first.module, how, codes, weight)
-        for site in sites:
-            made = _replacement(site.module, packed, weight.dtype)
-            made.calibrated, made.perm, made.origin = calibrated, perm, origin
-            if perm is not None and isinstance(made, Embedding):
-                raise ValueError(f"optimize: {site.name}: an embedding cannot have act-order")
-            replacements[site.module] = made
-        advance(weight.numel())
-    return replacements
-
-
-def _pack(
-    module: nn.Module, how: _Format, codes: Codes, weight: Tensor
-) -> tuple[Tensor, Tensor | None, str]:
-    """The packed weight of a module, the order of its inputs, and where its codes come from."""
-    found = foreign.read([module])
-    if found is None:
-        return how.pack(codes.quantize(module, how, weight)), None, ""
-    return how.pack(found.weight), found.perm, found.origin
-
-
-def _build_blocks(
-    blocks: list[Block], how: _Format | None, codes: Codes, advance: Callable[[int], object]
-) -> list[Swap]:
-    """What fusing the blocks puts in place; nothing is changed yet."""
-    assert how is not None
-    swaps = []
-    for block in blocks:
-        first = block.sites[0].module if block.sites else block.module
-        own = codes.formats.get(first, how)
-        calibrated = first in codes.packed
-        with _named(block.name):
-            made = build(block, partial(codes.quantize, first, own), own.pack)
-        for child in made.children.values():
-            if isinstance(child, PackedModule):
-                child.calibrated = calibrated
-        swaps.append(made)
-        advance(_count(list(block.sites)))
-    return swaps
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Says in an error which module it is about."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"optimize: {name}: {error}") from error
-
-
-def _replacement(module: nn.Module, packed: Tensor, dtype: torch.dtype) -> PackedModule:
-    if isinstance(module, nn.Embedding):
-        return Embedding.from_packed(packed, module.padding_idx, dtype)
-    assert isinstance(module, nn.Linear)
-    return Linear.from_packed(packed, module._parameters["bias"], dtype)
-
-
-def remaining_ties(
-    model: nn.Module, replacements: dict[nn.Module, PackedModule]
-) -> dict[nn.Module, dict[str, str]]:
-    """For transformers' models in `model`: which of their tied weights are still parameters.
-
-    Packed modules that were tied share a buffer, and nothing can untie them; but tie_weights()
-    looks for all tied weights among the parameters and raises where it finds none.
-    """
-    remaining: dict[nn.Module, dict[str, str]] = {}
-    for module in model.modules():
-        expand = getattr(module, "get_expanded_tied_weights_keys", None)
-        if expand is None:
-            continue
-        members = module.named_modules(remove_duplicate=False)
-        packed = {f"{name}.weight" for name, child in members if child in replacements}
-        ties: dict[str, str] = expand(all_submodels=False)
-        kept = {key: source for key, source in ties.items() if not {key, source} & packed}
-        if kept != ties:
-            remaining[module] = kept
-    return remaining
-
-
-def swap(
-    model: nn.Module,
-    replacements: dict[nn.Module, PackedModule],
-    ties: dict[nn.Module, dict[str, str]],
-    swaps: list[Swap],
-) -> None:
-    """Puts the replacements in place, by assignments that cannot fail, and freezes the rest."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in replacements:
-                parent._modules[name] = replacements[child]
-    put(swaps)
-    link_runs(model)
-    for module, kept in ties.items():
-        vars(module).setdefault("_slmops_ties", getattr(module, "_tied_weights_keys", None))
-        vars(module)["_tied_weights_keys"] = kept
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from torch_slmops import families
 from torch_slmops.attention import use_own_attention
+from torch_slmops.carry_out import remaining_ties, swap
 from torch_slmops.families import Attention
 from torch_slmops.fuse import Swap, children, put
 from torch_slmops.fused import AttentionSpec, ExpertsSpec, MLPSpec, NormSpec
@@ -24,7 +25,6 @@ from torch_slmops.fused_decoder import LayerSpec
 from torch_slmops.fused_rotary import match_rotary
 from torch_slmops.match import match_attention, match_experts, match_layer, match_mlp, match_norm
 from torch_slmops.modules import Embedding, Linear, PackedModule
-from torch_slmops.optimize import remaining_ties, swap
 from torch_slmops.packed_rows import GateUp
 from torch_slmops.probe import expecting
 from torch_slmops.recipe import Recipe, SavedModelError, facts, package_version

@@ -23,6 +23,8 @@ from torch_slmops.survey import Site, find_sites
 
 __all__ = ["FusedRow", "LeftRow", "PackedRow", "Report", "UnfusedRow", "report"]
 
+_ITSELF = "(the model)"  # which has no name
+
 # Modules that copy, choose or clear values: the same bits on every CPU.
 _EXACT = (
     nn.Dropout,
@@ -255,7 +257,7 @@ def _fused_rows(model: nn.Module) -> tuple[FusedRow, ...]:
             key = (_pattern(name), _class(module), module.describe())
             groups.setdefault(key, []).append(name)
     return tuple(
-        FusedRow(pattern if len(names) > 1 else names[0], len(names), what, now)
+        FusedRow(pattern if len(names) > 1 else names[0] or _ITSELF, len(names), what, now)
         for (pattern, what, now), names in groups.items()
     )
 
@@ -273,7 +275,7 @@ def _unfused_rows(model: nn.Module) -> tuple[UnfusedRow, ...]:
     for name, (what, reason) in notes.items():
         groups.setdefault((_pattern(name), what, reason), []).append(name)
     return tuple(
-        UnfusedRow(pattern if len(names) > 1 else names[0], len(names), what, reason)
+        UnfusedRow(pattern if len(names) > 1 else names[0] or _ITSELF, len(names), what, reason)
         for (pattern, what, reason), names in groups.items()
     )
 
@@ -286,6 +288,8 @@ def _model_bytes(model: nn.Module) -> int:
 
 
 def _pattern(name: str) -> str:
+    if not name:
+        return _ITSELF
     return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["inverse_frequencies", "scaled_frequencies"]
+__all__ = ["scaled_frequencies"]
 
 _Parameters = Mapping[str, Any]
 
@@ -25,41 +25,23 @@ _CONTEXT = Context(prec=40)
 _TWO_PI = Decimal("6.283185307179586476925286766559005768394")
 
 
-def inverse_frequencies(config: Any, layer_type: str | None = None) -> tuple[Tensor, float]:
+def scaled_frequencies(
+    kind: str, parameters: Mapping[str, Any], config: Any, width: int
+) -> tuple[Tensor, float]:
     """Returns the angles per position, and the factor of cos and sin.
 
     Args:
-        config: A transformers config, or what has its attributes: `rope_parameters` (with
-            "rope_theta" and what the type needs), `head_dim` or `hidden_size` and
-            `num_attention_heads`, and `max_position_embeddings`.
-        layer_type: The entry of `rope_parameters` where each type of layer has its own.
+        kind: The rotary type.
+        parameters: Its `rope_parameters`: "rope_theta" and what the type needs.
+        config: A transformers config, or what has its attributes; read for
+            `max_position_embeddings` where `parameters` lack a length or a factor.
+        width: R, how many elements of a head are rotated.
 
     Returns:
         inv_freq, float64 [R / 2] in radians, and the scaling.
 
     Raises:
         ValueError: A rotary type other than "default", "linear", "llama3" and "yarn".
-    """
-    parameters = config.rope_parameters
-    if layer_type is not None:
-        parameters = parameters[layer_type]
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    return scaled_frequencies(kind, parameters, config, _rotated(config, parameters))
-
-
-def scaled_frequencies(
-    kind: str, parameters: Mapping[str, Any], config: Any, width: int
-) -> tuple[Tensor, float]:
-    """Returns inv_freq and scaling as `inverse_frequencies`, for a type and width that are known.
-
-    Args:
-        kind: The rotary type.
-        parameters: Its `rope_parameters`.
-        config: Read for `max_position_embeddings` where `parameters` lack a length or a factor.
-        width: R, how many elements of a head are rotated.
-
-    Raises:
-        ValueError: As `inverse_frequencies`.
     """
     if kind not in _SCALINGS:
         raise ValueError(
@@ -71,14 +53,6 @@ def scaled_frequencies(
         plain = [theta ** (Decimal(-i) / width) for i in range(0, width, 2)]
         scaled, scaling = _SCALINGS[kind](plain, parameters, config)
         return torch.tensor([float(f) for f in scaled], dtype=torch.float64), float(scaling)
-
-
-def _rotated(config: Any, parameters: _Parameters) -> int:
-    """Elements of a head that are rotated."""
-    head_dim = getattr(config, "head_dim", None)
-    if head_dim is None:
-        head_dim = config.hidden_size // config.num_attention_heads
-    return int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
 
 
 _Scaled = tuple[list[Decimal], Decimal]

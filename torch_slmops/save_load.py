@@ -8,9 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from torch_slmops import memory
 from torch_slmops.attention import use_own_attention
-from torch_slmops.files import Checkpoint, weight_files
+from torch_slmops.files import Checkpoint, taken, weight_files
 from torch_slmops.fuse import put
 from torch_slmops.fused import Fused
 from torch_slmops.modules import PackedModule
@@ -138,13 +137,11 @@ def _tensors(checkpoint: Checkpoint, packed: dict[str, PackedModule]) -> dict[st
     """All tensors, checked, in memory of their own."""
     found: dict[str, Tensor] = {}
     for name in checkpoint.recipe.tensors:
-        mapped = checkpoint.tensor(name)
+        mapped, file = checkpoint.tensor(name), str(checkpoint.files[name])
         module = packed.get(name.removesuffix(".packed"))
         if module is not None and name.endswith(".packed"):
             wrong = module._misfit(mapped)
             if wrong is not None:
-                raise SavedModelError(f"{checkpoint.files[name]}: {name}: {wrong}")
-            found[name] = memory.copied(mapped)
-        else:
-            found[name] = mapped.clone()
+                raise SavedModelError(f"{file}: {name}: {wrong}")
+        found[name] = taken(mapped, name, checkpoint.recipe.tensors[name], file)
     return found

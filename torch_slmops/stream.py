@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_slmops.attention import use_own_attention
+from torch_slmops.carry_out import Codes, carry_out
 from torch_slmops.fuse import TABLES, Block, Left
 from torch_slmops.fused import AttentionSpec, ExpertsSpec
 from torch_slmops.notes import note_left, note_options
-from torch_slmops.optimize import Codes, Work, carry_out, make_formats, plan_work
+from torch_slmops.plan import Work, make_formats, plan_work
 from torch_slmops.progress import progress_bar
 from torch_slmops.rebuild import real_tensors
 from torch_slmops.survey import Site, weight_key

@@ -13,7 +13,16 @@ from torch_slmops.foreign import source_of
 from torch_slmops.modules import PackedModule
 from torch_slmops.weights import FLOAT_DTYPES
 
-__all__ = ["Patterns", "Site", "check_model", "chooser", "find_sites", "weight_key"]
+__all__ = [
+    "Patterns",
+    "Site",
+    "check_model",
+    "chooser",
+    "find_sites",
+    "listed",
+    "spelled",
+    "weight_key",
+]
 
 # Names as fnmatch patterns, or a function of the qualified name.
 Patterns: TypeAlias = str | Iterable[str] | Callable[[str], bool]
@@ -35,6 +44,12 @@ _QUANTIZERS = (
     "torch.ao",
     "torchao",
     "transformers.integrations",
+)
+# Their layers may have brought the codes into the order of a kernel, which the layer does not tell.
+_READ_FROM_DISK = ("auto_gptq", "awq", "gptqmodel", "optimum.gptq", "gptq")
+_ADVICE = (
+    "read its codes from the checkpoint instead, with torch_slmops.from_checkpoint(folder), or "
+    "load it unquantized"
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -114,6 +129,22 @@ def chooser(
     return lambda *names: included(names), lambda *names: excluded(names)
 
 
+def listed(patterns: Patterns | None) -> Patterns | None:
+    """Returns `patterns` as something that can be gone through again and again."""
+    if patterns is None or isinstance(patterns, str) or callable(patterns):
+        return patterns
+    return tuple(patterns)
+
+
+def spelled(patterns: Patterns | None, names: Iterable[str]) -> str | list[str] | None:
+    """Returns `patterns` as text: of a function, those of `names` that it chooses."""
+    if patterns is None or isinstance(patterns, str):
+        return patterns
+    if callable(patterns):
+        return sorted(filter(patterns, names))
+    return sorted(patterns)
+
+
 def _matching(
     argument: str,
     patterns: Patterns | None,
@@ -179,14 +210,15 @@ def _check_unquantized(model: nn.Module) -> None:
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
         if getattr(model, mark, None) and not ours:
             raise ValueError(
-                f"optimize: the model is quantized already (its {mark} is set); load it unquantized"
+                f"optimize: the model is quantized already (its {mark} is set); {_advice(model)}"
             )
     for name, module in model.named_modules():
         package = type(module).__module__
-        if any(package == one or package.startswith(one + ".") for one in _QUANTIZERS):
+        if _is_of(package, _QUANTIZERS):
+            advice = _ADVICE if _is_of(package, _READ_FROM_DISK) else "load it unquantized"
             raise ValueError(
                 f"optimize: {name or 'the model'} is a {package}.{type(module).__qualname__}: the "
-                "model is quantized, or prepared for it, already; load it unquantized"
+                f"model is quantized, or prepared for it, already; {advice}"
             )
         for key, parameter in module._parameters.items():
             if parameter is None or type(parameter) in (nn.Parameter, Tensor):
@@ -195,6 +227,17 @@ def _check_unquantized(model: nn.Module) -> None:
                 f"optimize: {name}.{key} is a {type(parameter).__name__}, not a plain parameter: "
                 "the model is quantized, sharded or not initialized; load it as plain tensors"
             )
+
+
+def _is_of(package: str, packages: Iterable[str]) -> bool:
+    return any(package == one or package.startswith(one + ".") for one in packages)
+
+
+def _advice(model: nn.Module) -> str:
+    """What to do with a model that transformers says is quantized."""
+    method = getattr(model, "quantization_method", "")
+    known = str(getattr(method, "value", method)) in _READ_FROM_DISK
+    return _ADVICE if known else "load it unquantized"
 
 
 def _is_embedding(module: nn.Module) -> bool:

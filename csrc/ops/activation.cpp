@@ -5,6 +5,7 @@
 #include "../isa/isa.h"
 #include "check.h"
 #include "parallel.h"
+#include "text.h"
 
 namespace slmops {
 namespace {
@@ -19,8 +20,8 @@ Activation parse_function(const std::string& text) {
   return parse_activation(kOp, text);
 }
 
-Tensor activation(const Tensor& x, const std::string& function) {
-  const Activation a = parse_function(function);
+Tensor activation(const Tensor& x, Text function) {
+  const Activation a = parse_function(function.take());
   check_type(kOp, "x", x, ScalarType::Float);
   const Tensor in = to_contiguous(x);
   Tensor out = new_tensor(x.sizes().data(), x.dim(), ScalarType::Float);

@@ -6,6 +6,7 @@
 #include <deque>
 
 #include "decoder_layer.h"
+#include "text.h"
 
 namespace slmops {
 namespace {
@@ -94,9 +95,10 @@ Tensor decoder_layers(const Tensor& x, const std::vector<Tensor>& weights,
                       const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                       const std::optional<Tensor>& mask, const std::optional<Tensor>& position_ids,
                       const std::vector<int64_t>& heads, int64_t head_dim, int64_t hidden,
-                      const std::string& activation, double eps, double offset,
-                      bool cast_before_weight, double qk_eps, double qk_offset, bool interleaved,
-                      double scale, double softcap, double residual_multiplier) {
+                      Text activation, double eps, double offset, bool cast_before_weight,
+                      double qk_eps, double qk_offset, bool interleaved, double scale,
+                      double softcap, double residual_multiplier) {
+  const Activation function = parse_activation(kOp, activation.take());
   SLMOPS_CHECK(x.dim() == 3, kOp, ": expected x of shape (batch, length, k), got ", shape(x));
   SLMOPS_CHECK(!weights.empty() && weights.size() % kLayerParts == 0, kOp,
                ": expected weights to be a list of ", size_t{kLayerParts},
@@ -129,7 +131,7 @@ Tensor decoder_layers(const Tensor& x, const std::vector<Tensor>& weights,
                           .heads = {heads[0], heads[1], heads[2]},
                           .head_dim = head_dim,
                           .hidden = hidden,
-                          .activation = parse_activation(kOp, activation),
+                          .activation = function,
                           .eps = eps,
                           .offset = offset,
                           .cast_before_weight = cast_before_weight,

@@ -2,19 +2,19 @@
 // known in C++ only.
 #include <torch/csrc/stable/library.h>
 
-#include <string>
 #include <vector>
 
 #include "check.h"
+#include "text.h"
 
 namespace slmops {
 namespace {
 
 /// Zero points take the same room whether integer or float, and so do fp16 and bf16 scales.
-int64_t packed_bytes(int64_t n, int64_t k, int64_t bits, std::string scale_kind,
-                     bool has_zero_point, int64_t group_size, int64_t act_group) {
+int64_t packed_bytes(int64_t n, int64_t k, int64_t bits, Text scale_kind, bool has_zero_point,
+                     int64_t group_size, int64_t act_group) {
   constexpr char kOp[] = "_packed_bytes";
-  const ScaleKind kind = parse_scale_kind(kOp, scale_kind);
+  const ScaleKind kind = parse_scale_kind(kOp, scale_kind.take());
   return make_format(kOp, n, k, bits, kind, kind == ScaleKind::sub16 ? DType::f32 : DType::f16,
                      has_zero_point ? ZeroKind::int16 : ZeroKind::none, group_size, act_group,
                      Activations::floating)

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../isa/isa.h"
+#include "text.h"
 
 namespace slmops {
 namespace {
@@ -33,7 +34,8 @@ std::string isas() { return runnable(features()); }
 
 std::string isa_rows() { return runnable(~0u); }
 
-std::string isa_requires(std::string name) {
+std::string isa_requires(Text row_name) {
+  const std::string name = row_name.take();
   int count;
   const IsaRow* row = rows(&count);
   const IsaRow* end = row + count;
@@ -46,14 +48,16 @@ std::string isa_features(bool of_system) {
   return feature_names(of_system ? system_features() : features());
 }
 
-void set_features_by_name(std::string names) { set_features(parse_features(names)); }
+void set_features_by_name(Text names) { set_features(parse_features(names.take())); }
 
-void set_isa_by_name(std::string name) {
+void set_isa_by_name(Text row_name) {
+  const std::string name = row_name.take();
   if (!set_isa(name.c_str())) throw bad_name("set_isa", features(), name);
 }
 
-std::string select_by_name(std::string feature_list, std::string cap) {
-  const uint32_t bits = parse_features(feature_list);
+std::string select_by_name(Text feature_list, Text row_cap) {
+  const uint32_t bits = parse_features(feature_list.take());
+  const std::string cap = row_cap.take();
   const IsaRow* row = select(bits, cap.empty() ? nullptr : cap.c_str());
   if (row == nullptr) throw bad_name("select", bits, cap);
   return row->name;

@@ -13,6 +13,7 @@
 
 #include "check.h"
 #include "parallel.h"
+#include "text.h"
 
 namespace slmops {
 namespace {
@@ -98,14 +99,14 @@ ZeroKind zero_kind_of(const std::optional<Tensor>& zero_point, const Tensor& sca
 
 void pack(Tensor out, const Tensor& codes, const Tensor& scale,
           const std::optional<Tensor>& zero_point, const std::optional<Tensor>& sub_scale,
-          int64_t bits, int64_t group_size, int64_t act_group, const std::string& activations,
-          bool offset) {
+          int64_t bits, int64_t group_size, int64_t act_group, Text activations, bool offset) {
+  const Activations mode = parse_activations(kOp, activations.take());
   check_type(kOp, "codes", codes, ScalarType::Byte);
   SLMOPS_CHECK(codes.dim() == 2, kOp, ": expected codes of shape (n, k), got ", shape(codes));
   const ScaleKind kind = is_present(sub_scale) ? ScaleKind::sub16 : ScaleKind::group;
-  const Format f = make_format(kOp, codes.size(0), codes.size(1), bits, kind,
-                               scale_type_of(scale, kind), zero_kind_of(zero_point, scale, offset),
-                               group_size, act_group, parse_activations(kOp, activations));
+  const Format f =
+      make_format(kOp, codes.size(0), codes.size(1), bits, kind, scale_type_of(scale, kind),
+                  zero_kind_of(zero_point, scale, offset), group_size, act_group, mode);
   const int64_t groups = groups_per_row(f);
   std::optional<Tensor> zero, sub;  // contiguous, owned until the end
   if (kind == ScaleKind::sub16) {

@@ -14,6 +14,7 @@
 #include "check.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "text.h"
 
 namespace slmops {
 namespace {
@@ -131,16 +132,15 @@ Range run(const Weight& w, const Options& options, DType scale_type, const float
   return all;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& w, int64_t bits,
-                                                    const std::string& scale_kind,
-                                                    int64_t group_size, bool symmetric,
-                                                    const std::string& search,
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& w, int64_t bits, Text scale_kind,
+                                                    int64_t group_size, bool symmetric, Text search,
                                                     const std::optional<Tensor>& importance) {
+  const std::string kind_name = scale_kind.take(), search_name = search.take();
   SLMOPS_CHECK(w.dim() == 2 && w.numel() > 0, kOp,
                ": expected w of shape (n, k) with n and k at least 1, got ", shape(w));
   const int64_t n = w.size(0), k = w.size(1);
   const DType type = float_type(kOp, "w", w.scalar_type());
-  const Options options = check_options(bits, scale_kind, group_size, symmetric, search, k);
+  const Options options = check_options(bits, kind_name, group_size, symmetric, search_name, k);
   const bool rows_fit = k == 1 || w.stride(1) == 1;
   const Tensor rows = rows_fit ? w : torch::stable::contiguous(w);
   const Weight weight = {rows.const_data_ptr(), type, n, k, rows.stride(0)};

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "rows.h"
+#include "text.h"
 
 namespace slmops {
 namespace {
@@ -105,8 +106,9 @@ std::vector<float> tile_order(const Bias& bias, int64_t hidden, int64_t n) {
 namespace {
 
 Tensor swiglu(const Tensor& x, const Tensor& gate_up, const Tensor& down, int64_t hidden,
-              int64_t out_features, const std::string& activation,
-              const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias) {
+              int64_t out_features, Text activation, const std::optional<Tensor>& gate_up_bias,
+              const std::optional<Tensor>& down_bias) {
+  const Activation function = parse_activation(kOp, activation.take());
   SLMOPS_CHECK(hidden >= 1 && hidden <= int64_t{1} << 40, kOp, ": expected hidden in 1..2^40, got ",
                hidden);
   const int64_t tiles = (hidden + kTile - 1) / kTile;
@@ -131,7 +133,7 @@ Tensor swiglu(const Tensor& x, const Tensor& gate_up, const Tensor& down, int64_
                       .gate_up_bias = ordered.empty() ? nullptr : ordered.data(),
                       .down_bias = outer_bias.data(),
                       .down_bias_type = outer_bias.type,
-                      .activation = parse_activation(kOp, activation),
+                      .activation = function,
                       .out_type = x_type};
   const SourceRows src = {rows.data(), x_type, rows.stride(), nullptr};
   uint8_t* y = static_cast<uint8_t*>(out.mutable_data_ptr());

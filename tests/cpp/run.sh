@@ -1,6 +1,7 @@
 #!/bin/bash
 # Builds and runs the C++ tests, without torch: `tests/cpp/run.sh` under AddressSanitizer and UndefinedBehaviorSanitizer,
 # `tests/cpp/run.sh full` also an optimized build over all 2^32 floats and ten times the cases,
+# `tests/cpp/run.sh threads` threads/, what several threads do at once, under ThreadSanitizer,
 # `tests/cpp/run.sh static PROGRAM` builds a static program with the rows' objects of the extension, and runs nothing.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -23,7 +24,7 @@ idle() {
   done
 }
 
-# objects: one "object flags source" a line.
+# objects NAME: what is compiled for a build, one "object flags source" a line.
 objects() {
   local avx2="-mavx2 -mfma -mf16c" source
   local avx512="$avx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni"
@@ -33,10 +34,18 @@ objects() {
     echo "row_avx_vnni.o $avx2 -mavxvnni $(idle avx_vnni) csrc/isa/avx_vnni.cpp"
     echo "row_avx512_vnni.o $avx512 $(idle avx512_vnni) csrc/isa/avx512_vnni.cpp"
     echo "row_amx.o $avx512 -mamx-tile -mamx-int8 $(idle amx_tile amx_int8) csrc/isa/amx.cpp"
-    echo "avx_vnni_emulated.o $avx2 tests/cpp/x86/avx_vnni_emulated.cpp"
-    echo "avx_vnni_reencoded.o $avx2 -mavxvnni tests/cpp/x86/avx_vnni_reencoded.cpp"
   fi
-  for source in csrc/isa/isa.cpp csrc/pack/*.cpp tests/cpp/*.cpp; do
+  local sources=(csrc/isa/isa.cpp csrc/pack/*.cpp)
+  if [[ $1 == threads ]]; then
+    sources+=(tests/cpp/testing.cpp tests/cpp/threads/main.cpp)
+  else
+    sources+=(tests/cpp/*.cpp)
+    if [[ $(uname -m) == x86_64 ]]; then
+      echo "avx_vnni_emulated.o $avx2 tests/cpp/x86/avx_vnni_emulated.cpp"
+      echo "avx_vnni_reencoded.o $avx2 -mavxvnni tests/cpp/x86/avx_vnni_reencoded.cpp"
+    fi
+  fi
+  for source in "${sources[@]}"; do
     source_name=${source%.cpp}
     echo "${source_name//\//_}.o $source"
   done
@@ -46,7 +55,7 @@ objects() {
 compile() {
   local dir=tests/cpp/build/$1 flags=$2 object rest
   mkdir -p "$dir"
-  objects | while read -r object rest; do
+  objects "$1" | while read -r object rest; do
     if [[ -f $dir/$object ]] &&
       [[ -z $(find csrc tests/cpp -path '*/build' -prune -o -type f -newer "$dir/$object" -print -quit) ]]; then
       continue
@@ -73,6 +82,11 @@ if [[ ${1:-} == static ]]; then
   compile static "-O1"
   rm -f tests/cpp/build/static/row_*.o
   $cxx -static -o "$2" tests/cpp/build/static/*.o build/objects/*/csrc/isa/*.o
+  exit
+fi
+if [[ ${1:-} == threads ]]; then
+  build threads "-O1 -fsanitize=thread -fno-omit-frame-pointer -Itests/cpp/threads -pthread"
+  TSAN_OPTIONS=halt_on_error=1 tests/cpp/build/threads/tests
   exit
 fi
 build sanitized "$sanitizers"

@@ -106,7 +106,7 @@ def tests() -> None:
 
 def cost() -> None:
     """What cost.py counts the instructions of."""
-    program("cost", ["tests/cpp/testing.cpp", "tools/arm/cost.cpp"])
+    program("cost", ["tests/cpp/testing.cpp", "tests/cpp/rows.cpp", "tools/arm/cost.cpp"])
 
 
 def extension() -> Path:

@@ -295,7 +295,7 @@ def _guarded(source: Source, read: Callable[[], _T]) -> _T:
 
 def _quantization(args: argparse.Namespace) -> dict[str, Any] | None:
     """The arguments of `optimize`, checked; None with --no-optimize."""
-    from torch_slmops.optimize import make_formats
+    from torch_slmops.plan import make_formats
 
     if args.no_optimize:
         return None

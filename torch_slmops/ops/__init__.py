@@ -14,6 +14,7 @@ from torch_slmops.ops.vector import add_rms_norm, rms_norm, rotary, rotary_table
 from torch_slmops.ops.weights import (
     Header,
     checksum,
+    copy_checksum,
     describe,
     pack_,
     packed_bytes,
@@ -27,6 +28,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "checksum",
+    "copy_checksum",
     "decoder_layers",
     "describe",
     "embedding",

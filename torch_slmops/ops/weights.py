@@ -10,7 +10,16 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from torch_slmops.ops.common import OPS, fake
 
-__all__ = ["Header", "checksum", "describe", "pack_", "packed_bytes", "quantize", "unpack"]
+__all__ = [
+    "Header",
+    "checksum",
+    "copy_checksum",
+    "describe",
+    "pack_",
+    "packed_bytes",
+    "quantize",
+    "unpack",
+]
 
 _SUB_GROUP = 16
 
@@ -207,4 +216,10 @@ def checksum(tensor: Tensor) -> int:
     """
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     found: int = OPS._checksum.default(flat)
+    return found % (1 << 64)
+
+
+def copy_checksum(out: Tensor, values: Tensor) -> int:
+    """Copies `values` to `out`, both uint8 [bytes], and returns what `checksum` says of them."""
+    found: int = OPS._copy_checksum.default(out, values)
     return found % (1 << 64)
