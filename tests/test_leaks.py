@@ -85,7 +85,6 @@ def test_rows_and_headers() -> None:
 
     def call() -> None:
         torch_slmops.set_isa(name)
-        torch_slmops.isas()
         ops.describe(packed)
         ops.copy_checksum(copy, bytes_)
 

@@ -257,6 +257,17 @@ class TestDamage:
                 load(saved, into=tied())
 
 
+@pytest.mark.parametrize("block", [{}, {"kind": 3}, {"kind": "MLPSpec"}, {"kind": "NoSuchSpec"}])
+def test_a_block_of_no_kind(block: dict[str, Any], saved: Path) -> None:
+    metadata = metadata_of(saved)
+    plain = json.loads(metadata[RECIPE_KEY])
+    plain["blocks"]["layer"] = block
+    text = json.dumps(plain)
+    rewritten(saved, metadata | {RECIPE_KEY: text, DIGEST_KEY: digest(text)})
+    with pytest.raises(SavedModelError, match="model.safetensors: "):
+        load(saved, into=tied())
+
+
 class TestFuzz:
     """Whatever the bytes are: an error that names the file, or the very model that was saved."""
 

@@ -19,8 +19,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from torch_slmops import moving
 from torch_slmops.dequantize import dequantize
 from torch_slmops.files import Checkpoint, check, taken
+from torch_slmops.moving import finish_moving
 from torch_slmops.notes import note_saved
 from torch_slmops.plan import make_formats
 from torch_slmops.rebuild import Structure, plan_structure
@@ -158,6 +160,7 @@ class SlmopsQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Returns what `save_pretrained` writes; the config of the model is told of us."""
+        finish_moving(model)
         ignored = model._keys_to_ignore_on_save or ()
         state = {name: t for name, t in model.state_dict().items() if name not in ignored}
         recipe, tensors = recipe_of(model, state)
@@ -200,13 +203,16 @@ def _settle(model: Any, structure: Structure) -> None:
 
 
 def _take_over(model: nn.Module, structure: Structure, files: dict[str, str]) -> None:
-    """Checks what was loaded, and copies it out of the mapped files."""
+    """Checks what was loaded, and copies it out of the mapped files, now or (`moving.py`) later."""
     recipe = structure.recipe
+    sizes = [recipe.tensors.get(f"{name}.packed") for name in structure.packed]
+    later = sum(stored.shape[0] for stored in sizes if stored is not None) >= moving.LARGE
     for name, module in structure.packed.items():
         for key, buffer in list(module._buffers.items()):
             full = f"{name}.{key}"
             if full in recipe.tensors and buffer is not None:
-                module._buffers[key] = _taken(buffer, full, recipe, files, structure.file)
+                stays = later and key == "packed"
+                module._buffers[key] = _taken(buffer, full, recipe, files, structure.file, stays)
         wrong = None if f"{name}.packed" in recipe.shared else module._misfit(module.packed)
         if wrong is not None:
             raise SavedModelError(f"{files.get(f'{name}.packed')}: {name}.packed: {wrong}")
@@ -228,16 +234,31 @@ def _take_over(model: nn.Module, structure: Structure, files: dict[str, str]) ->
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     note_saved(model, recipe.left, recipe.options)
+    if later:
+        moving.move_later(model)
 
 
-def _taken(tensor: Tensor, name: str, recipe: Recipe, files: dict[str, str], first: str) -> Tensor:
-    """A copy of a loaded tensor that is what was saved, as far as its dtype lets one see."""
+def _taken(
+    tensor: Tensor,
+    name: str,
+    recipe: Recipe,
+    files: dict[str, str],
+    first: str,
+    stays: bool = False,
+) -> Tensor:
+    """A copy of a loaded tensor that is what was saved, as far as its dtype lets one see.
+
+    `stays`: the tensor itself, if it has the dtype that it was saved with.
+    """
     dtype = getattr(torch, recipe.tensors[name].dtype)
     # A wider dtype that the caller asked for holds the same values, a narrower one does not.
     stored, file = recipe.tensors[name], files.get(name, first)
     if tensor.device.type == "meta":
         raise _missing(first, name)
     try:
+        if tensor.dtype == dtype and stays:
+            check(tensor, name, stored, file)
+            return tensor
         if tensor.dtype == dtype:
             return taken(tensor, name, stored, file)
         if torch.promote_types(tensor.dtype, dtype) == tensor.dtype:

@@ -267,12 +267,12 @@ def _block(
 
 def _expected_rows(module: nn.Module, block: Mapping[str, Any]) -> dict[nn.Module, str]:
     """The names of the rows of a block and of the norms in it."""
-    found = {module: str(block["row"])}
-    norm = block.get("norm")
+    name, norm = str(block.get("row")), block.get("norm")
+    found = {module: name}
     for row in families.rows():
-        if norm and isinstance(row, Attention) and row.name == block["row"]:
+        if isinstance(norm, dict) and isinstance(row, Attention) and row.name == name:
             norms = (module._modules.get(name) for name in row.norms or ())
-            found.update({child: str(norm["row"]) for child in norms if child is not None})
+            found.update({child: str(norm.get("row")) for child in norms if child is not None})
     return found
 
 

@@ -235,6 +235,9 @@ def _from_plain(plain: Any) -> Recipe:
     if left is not None:
         left = {name: (str(what), str(why)) for name, (what, why) in left.items()}
     blocks = {name: dict(block) for name, block in plain["blocks"].items()}
+    for block in blocks.values():
+        if not isinstance(block.get("kind"), str):
+            raise ValueError(f"a block of kind {block.get('kind')!r}")
     shared = dict(plain["shared"])
     if not set(shared.values()) <= tensors.keys() or tensors.keys() & shared.keys():
         raise ValueError("shared tensors that are not there")

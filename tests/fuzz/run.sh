@@ -14,7 +14,7 @@ if ! "$python" -c "import atheris" 2>>build/fuzz/install.log; then
   [[ ${SLMOPS_FUZZ:-} != required ]]
   exit
 fi
-"$python" tests/fuzz/saved_model.py -max_total_time="$seconds" -timeout=60 -max_len=4096 -print_final_stats=1 \
+"$python" tests/fuzz/saved_model.py -max_total_time="$seconds" -timeout=60 -max_len=4096 -len_control=0 -print_final_stats=1 \
   -artifact_prefix=build/fuzz/found- build/fuzz/corpus 2>build/fuzz/log || {
   tail -n 60 build/fuzz/log
   exit 1

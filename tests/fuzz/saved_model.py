@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of what reads saved models: `python tests/fuzz/saved_model.py [OPTION...]`.
+"""Coverage-guided fuzzing of what reads saved models: `saved_model.py [OPTION...]`.
 
 Options are those of libFuzzer, such as -max_total_time=30; `make fuzz` runs it. Whatever a file
 holds, loading it gives the very model that was saved, or a SavedModelError that names the file and

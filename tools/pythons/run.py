@@ -1,10 +1,11 @@
-"""One abi3 wheel on several Pythons, and on the oldest torch: `python tools/pythons/run.py CASE...`.
+"""One abi3 wheel on several Pythons, and on the oldest torch: `tools/pythons/run.py CASE...`.
 
 A case is a version of Python, such as 3.12, whose tests are those that need no transformers, or
 torch-2.10, the whole suite with the Python that runs this. Each case has an environment of its own
-in build/pythons/, where tests run from a copy, so that they import the wheel. An interpreter that is
-not here (neither on PATH nor in pyenv) is skipped, and the last line says so; with none it is an
-error. torch comes from $TORCH_INDEX, else from PyPI with stand-ins for its CUDA libraries.
+in build/pythons/, where tests run from a copy, so that they import the wheel. An interpreter that
+is not here (neither on PATH nor in pyenv) is skipped, and the last lines say so; with none it is an
+error. What follows -- goes to pytest. torch comes from $TORCH_INDEX, else from PyPI with stand-ins
+for its CUDA libraries.
 """
 
 from __future__ import annotations
@@ -35,9 +36,12 @@ ADDED = ("accelerate==1.15.0", "loguru==0.7.3", "psutil==7.2.2", "pydantic==2.14
 
 
 def works(command: str) -> str | None:
-    """The path of a command that runs, or None: pyenv has shims for versions that are not in use."""
+    """The path of a command that runs, or None: pyenv has shims of versions that are not in use."""
     found = shutil.which(command)
-    if found and subprocess.run([found, "--version"], capture_output=True, check=False).returncode == 0:
+    if (
+        found
+        and subprocess.run([found, "--version"], capture_output=True, check=False).returncode == 0
+    ):
         return found
     return None
 
