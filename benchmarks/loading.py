@@ -1,7 +1,9 @@
-"""Saves a model of a real size and times loading it: copied into huge pages, and mapped.
+"""Saves a model of a real size and times loading it.
 
-Each row is a process of its own, with the files in the page cache: seconds until the model is
-ready, resident and anonymous memory then, and the rate of decoding.
+Its weights are moved into huge pages after it is ready (the default), copied there before, or left
+in the mapped file. Each row is a process of its own, with the files in the page cache: seconds
+until the model is ready, and until it lies where it stays; resident and anonymous memory in the
+end; the rate of decoding then.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,7 +24,7 @@ from rich.table import Table
 from torch_slmops.bench.shapes import ModelShape
 
 GENERATED = 32
-WAYS = ("copied", "mapped")
+WAYS = ("moved", "copied", "mapped")
 
 
 def prepare(shape: ModelShape, folder: Path) -> None:
@@ -76,15 +77,13 @@ def child(folder: Path, way: str, threads: int) -> dict[str, float | str]:
     from transformers import LlamaForCausalLM
 
     import torch_slmops
-    from torch_slmops import SlmopsConfig, files, hf_quantizer
-
-    def mapped(tensor: torch.Tensor, *stored: Any) -> torch.Tensor:
-        files.check(tensor, *stored)
-        return tensor
+    from torch_slmops import SlmopsConfig, moving
 
     torch.set_num_threads(threads)
     if way == "mapped":
-        hf_quantizer.taken = mapped
+        moving.move_later = lambda model: None
+    if way == "copied":
+        moving.LARGE = sys.maxsize
     config = SlmopsConfig() if way == "quantized" else None
     source = folder / ("float" if way == "quantized" else "packed")
     before = status("RssAnon")
@@ -92,6 +91,8 @@ def child(folder: Path, way: str, threads: int) -> dict[str, float | str]:
     with peak("RssAnon") as most:
         model = LlamaForCausalLM.from_pretrained(source, quantization_config=config)
     record: dict[str, float | str] = {"way": way, "seconds": time.perf_counter() - start}
+    moving.finish_moving(model)
+    record["settled"] = time.perf_counter() - start
     record |= {"peak_anonymous": most[0] - before, "anonymous": status("RssAnon") - before}
     record |= {"resident": status("VmRSS"), "packed": torch_slmops.report(model).bytes_after}
     if way == "quantized":
@@ -114,13 +115,22 @@ def run(shape: ModelShape, output: Path, *, threads: int) -> None:
     folder = output.parent / "loading" / shape.name
     prepare(shape, folder)
     table = Table(title=f"loading {shape.name}, {threads} threads")
-    for column in ("", "ready s", "packed MB", "resident MB", "anonymous MB", "decode tok/s"):
+    for column in (
+        "",
+        "ready s",
+        "settled s",
+        "packed MB",
+        "resident MB",
+        "anonymous MB",
+        "decode tok/s",
+    ):
         table.add_column(column, justify="right")
     for way in WAYS * 3:
         record = measure(folder, way, threads)
         sizes = (record[name] / 1e6 for name in ("packed", "resident", "anonymous"))
         cells = [f"{size:.0f}" for size in sizes]
-        table.add_row(way, f"{record['seconds']:.2f}", *cells, f"{record['decode']:.1f}")
+        times = (f"{record[name]:.2f}" for name in ("seconds", "settled"))
+        table.add_row(way, *times, *cells, f"{record['decode']:.1f}")
         with output.open("a") as lines:
             lines.write(json.dumps({"model": shape.name, "threads": threads, **record}) + "\n")
     Console(width=100).print(table)

@@ -79,7 +79,7 @@ def test_blocks_are_fused(tmp_path: Path) -> None:
 
 
 class TestActOrder:
-    """Attention is fused; an MLP is not, because its down projection orders its inputs anew."""
+    """Attention and MLPs are fused; gate and up give their rows as the down projection wants."""
 
     def loaded(self, path: Path, **options: Any) -> tuple[Any, dict[str, Tensor]]:
         folder, _, expected = gptq(path, act_order=True)
@@ -88,9 +88,36 @@ class TestActOrder:
     def test_what_is_fused(self, tmp_path: Path) -> None:
         model, _ = self.loaded(tmp_path)
         assert sum(isinstance(m, FusedAttention) for m in model.modules()) == 2
-        assert not any(isinstance(m, FusedMLP) for m in model.modules())
-        reasons = {row.reason for row in torch_slmops.report(model).unfused}
-        assert any("takes its inputs in another order (act-order)" in why for why in reasons)
+        assert sum(isinstance(m, FusedMLP) for m in model.modules()) == 2
+        assert not torch_slmops.report(model).unfused
+
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_a_fused_mlp_gives_the_bits_of_its_layers(self, bias: bool, tmp_path: Path) -> None:
+        model, expected = self.loaded(tmp_path, lm_head=None)
+        mlp = model.model.layers[0].mlp
+        if bias:
+            mlp.gate_up.bias = nn.Parameter(torch.randn(2 * mlp.gate_up.hidden))
+        assert torch.equal(mlp.gate_up.order, mlp.down_proj.perm)
+        x = torch.randn(2, 5, 128)
+        with torch.no_grad():
+            h = torch.ops.slmops._activation(mlp.gate_proj(x), "silu") * mlp.up_proj(x)
+            assert_same_bits(mlp(x), mlp.down_proj(h))
+            assert_same_bits(mlp.gate_up(x), torch.cat([mlp.gate_proj(x), mlp.up_proj(x)], -1))
+        name = "model.layers.0.mlp"
+        both = torch.cat([expected[f"{name}.gate_proj"], expected[f"{name}.up_proj"]])
+        assert_same_bits(mlp.gate_up.dequantize() + 0, both + 0)
+        assert_same_bits(mlp.gate_up.weight + 0, both + 0)
+
+    def test_another_order_of_the_down_projection(self, tmp_path: Path) -> None:
+        """A weight that is assigned takes its inputs as they come, or in an order of its own."""
+        model, _ = self.loaded(tmp_path)
+        mlp, other = model.model.layers[0].mlp, model.model.layers[1].mlp
+        x = torch.randn(3, 128)
+        weight = torch.randn(mlp.down_proj.out_features, mlp.gate_up.hidden)
+        for value in (weight, other.down_proj.weight):
+            mlp.down_proj.weight = value
+            h = torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+            assert_same_bits(mlp(x), mlp.down_proj(h))
 
     def test_linear_is_the_reference_bits(self, tmp_path: Path) -> None:
         model, _ = self.loaded(tmp_path)

@@ -264,7 +264,7 @@ def test_a_block_of_no_kind(block: dict[str, Any], saved: Path) -> None:
     plain["blocks"]["layer"] = block
     text = json.dumps(plain)
     rewritten(saved, metadata | {RECIPE_KEY: text, DIGEST_KEY: digest(text)})
-    with pytest.raises(SavedModelError, match="model.safetensors: "):
+    with pytest.raises(SavedModelError, match=r"model\.safetensors: "):
         load(saved, into=tied())
 
 

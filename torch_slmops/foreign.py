@@ -23,8 +23,8 @@ __all__ = [
     "Source",
     "apart",
     "attach",
-    "has_order",
     "is_foreign",
+    "order_of",
     "read",
     "source_of",
 ]
@@ -184,12 +184,13 @@ def is_foreign(module: nn.Module) -> bool:
     return source_of(module._parameters.get("weight")) is not None
 
 
-def has_order(module: nn.Module | None) -> bool:
-    """Whether the weight of `module`, packed or not, takes its inputs in an order of its own."""
-    if module is not None and module._buffers.get("perm") is not None:
-        return True
-    source = None if module is None else source_of(module._parameters.get("weight"))
-    return source is not None and source.perm is not None
+def order_of(module: nn.Module | None) -> Tensor | None:
+    """Returns the order in which the weight of `module`, packed or not, takes inputs, or None."""
+    if module is None:
+        return None
+    perm = module._buffers.get("perm")
+    source = source_of(module._parameters.get("weight"))
+    return source.perm if perm is None and source is not None else perm
 
 
 def apart(modules: Sequence[nn.Module]) -> str | None:

@@ -242,8 +242,6 @@ class _Finder:
         apart = foreign.apart(layers)
         if apart is not None:
             return Left(what, apart)
-        if isinstance(spec, MLPSpec) and foreign.has_order(children[-1]):
-            return Left(what, f"its {names[-1]} takes its inputs in another order (act-order)")
         packed = getattr(spec, "packed", None)
         if packed is not None and packed not in names and hasattr(module, packed):
             return Left(what, f"it has an attribute {packed!r}, where fused weights go")
@@ -263,7 +261,7 @@ class _Finder:
         for name, module in self.model.named_modules():
             if isinstance(module, Fused) or self.excluded(name):
                 continue
-            if any(foreign.has_order(inner) for inner in module.modules()):
+            if any(foreign.order_of(inner) is not None for inner in module.modules()):
                 continue  # the op takes inputs as they come
             inner = [c for c in module._modules.values() if isinstance(specs.get(c), AttentionSpec)]
             if len(inner) != 1 or not self._has_packed_output(inner[0], specs[inner[0]]):
@@ -325,7 +323,8 @@ def build(block: Block, quantize: Quantize, pack: Pack) -> Swap:
     quantized = quantize(weight) if imported is None else imported.weight
     source: Linear | GateUp
     if isinstance(spec, MLPSpec):
-        source = _gate_up(pack(interleave(quantized)), weight, bias)
+        order = foreign.order_of(module._modules[spec.row.down])
+        source = _gate_up(pack(interleave(quantized, order)), weight, bias, order)
     else:
         source = Linear.from_packed(pack(quantized), bias, weight.dtype)
     if imported is not None:
@@ -351,9 +350,14 @@ def children(
     return found
 
 
-def _gate_up(packed: Tensor, weight: Tensor, bias: nn.Parameter | None = None) -> GateUp:
+def _gate_up(
+    packed: Tensor,
+    weight: Tensor,
+    bias: nn.Parameter | None = None,
+    order: Tensor | None = None,
+) -> GateUp:
     module = GateUp(weight.shape[1], weight.shape[0] // 2, bias, weight.dtype).eval()
-    module.packed = packed
+    module.packed, module.order = packed, order
     return module
 
 

@@ -206,10 +206,10 @@ class FusedMLP(Fused):
         down = self._modules[self.slmops.row.down]
         if len(args) != 1 or kwargs or not isinstance(down, Linear) or not self._passes(args[0]):
             return super().forward(*args, **kwargs)
-        if down.perm is not None:
-            return super().forward(*args)
         gate_up = self._modules[self.slmops.packed]
         assert isinstance(gate_up, GateUp)
+        if not _in_one_order(gate_up, down):
+            return super().forward(*args)
         x: Tensor = args[0]
         return _swiglu(
             x if gate_up.perm is None else x.index_select(-1, gate_up.perm),
@@ -218,9 +218,16 @@ class FusedMLP(Fused):
             gate_up.hidden,
             down.out_features,
             self.slmops.activation,
-            gate_up.bias,
+            gate_up.ordered_bias(),
             down.bias,
         )
+
+
+def _in_one_order(gate_up: GateUp, down: Linear) -> bool:
+    """Whether what `gate_up` gives is in the order in which `down` takes it."""
+    if gate_up.order is None or down.perm is None:
+        return gate_up.order is down.perm
+    return torch.compiler.is_compiling() or torch.equal(gate_up.order, down.perm)
 
 
 class FusedAttention(Fused):

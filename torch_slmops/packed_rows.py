@@ -36,14 +36,27 @@ def padded_rows(hidden: int) -> int:
     return 2 * TILE * (-(-hidden // TILE))
 
 
-def interleave(weight: QuantizedWeight) -> QuantizedWeight:
+def places(hidden: int, order: Tensor | None) -> Tensor:
+    """Returns where rows of gate, then of up, lie where they are in `order`; see `GateUp`."""
+    rows = interleaved_rows(hidden)
+    if order is None:
+        return rows
+    own = torch.argsort(order)
+    return rows[torch.cat([own, own + hidden])]
+
+
+def interleave(weight: QuantizedWeight, order: Tensor | None = None) -> QuantizedWeight:
     """Returns a quantized [gate; up] with its rows as `swiglu` wants them.
 
     Rows that pad a tile have the scale 0 and the zero point as their code.
+
+    Args:
+        weight: [2 * hidden, K].
+        order: The order of rows; see `GateUp`.
     """
     n, k = weight.shape
     hidden = n // 2
-    rows, at = padded_rows(hidden), interleaved_rows(hidden)
+    rows, at = padded_rows(hidden), places(hidden, order)
 
     def spread(part: Tensor, fill: int) -> Tensor:
         out = part.new_full((rows, *part.shape[1:]), fill)
@@ -71,9 +84,12 @@ class GateUp(PackedModule):
         in_features: K.
         hidden: Rows of the gate, and of up.
         bias: [2 * hidden], the gate's, then up's; or None.
+        order: The order of the rows of gate, and of up, in `packed`, int64 [hidden]: that in which
+            the down projection takes its inputs (its `perm`); None where it has none.
     """
 
     bias: nn.Parameter | None
+    order: Tensor | None
 
     def __init__(
         self,
@@ -87,10 +103,21 @@ class GateUp(PackedModule):
         self.in_features = in_features
         self.hidden = hidden
         self.register_parameter("bias", bias)
+        self.register_buffer("order", None)
 
     @property
     def out_features(self) -> int:
         return 2 * self.hidden
+
+    def places(self) -> Tensor:
+        """Returns, int64 [2 * hidden], where in `packed` the rows of gate, then of up, are."""
+        return places(self.hidden, self.order)
+
+    def ordered_bias(self) -> Tensor | None:
+        """Returns the bias in the order of the rows of `packed`."""
+        if self.bias is None or self.order is None:
+            return self.bias
+        return self.bias[torch.cat([self.order, self.order + self.hidden])]
 
     def _weight_shape(self) -> tuple[int, int]:
         return 2 * self.hidden, self.in_features
@@ -101,7 +128,7 @@ class GateUp(PackedModule):
     @property
     def weight(self) -> Tensor:
         """The weight [2 * hidden, K], rows of the gate first; see `PackedModule.weight`."""
-        rows = interleaved_rows(self.hidden)
+        rows = self.places()
         if torch.compiler.is_compiling():
             return dequantize(self.packed, self._weight_shape(), self.dtype, rows, self.perm)
         return WeightView(self.packed, self._weight_shape(), self.dtype, rows, self.perm)
@@ -109,14 +136,20 @@ class GateUp(PackedModule):
     def _assign_weight(self, value: Tensor) -> None:
         raise _read_only("gate and up")
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}packed" in state_dict:
+            order = state_dict.get(f"{prefix}order")
+            self.order = None if order is None else torch.empty_like(order)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Returns [2 * hidden, K] of `dtype` or the module's dtype, rows of the gate first."""
-        rows = interleaved_rows(self.hidden)
+        rows = self.places()
         return dequantize(self.packed, self._weight_shape(), dtype or self.dtype, rows, self.perm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [..., 2 * hidden] for x of [..., K]: the slow path, for others than `swiglu`."""
-        rows, bias = interleaved_rows(self.hidden), None
+        rows, bias = self.places(), None
         if self.bias is not None:
             bias = self.bias.new_zeros(padded_rows(self.hidden))
             bias[rows] = self.bias.detach()
@@ -171,7 +204,7 @@ class Rows(nn.Module):
         source = self._source
         rows = torch.arange(self.start, self.stop)
         if isinstance(source, GateUp):
-            rows = interleaved_rows(source.hidden)[self.start : self.stop]
+            rows = source.places()[self.start : self.stop]
         shape = (self.out_features, self.in_features)
         if torch.compiler.is_compiling():
             return dequantize(source.packed, shape, source.dtype, rows, source.perm)
