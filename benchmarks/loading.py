@@ -81,7 +81,7 @@ def child(folder: Path, way: str, threads: int) -> dict[str, float | str]:
 
     torch.set_num_threads(threads)
     if way == "mapped":
-        moving.move_later = lambda model: None
+        moving.move_later = lambda model, tensors: None
     if way == "copied":
         moving.LARGE = sys.maxsize
     config = SlmopsConfig() if way == "quantized" else None
@@ -91,7 +91,7 @@ def child(folder: Path, way: str, threads: int) -> dict[str, float | str]:
     with peak("RssAnon") as most:
         model = LlamaForCausalLM.from_pretrained(source, quantization_config=config)
     record: dict[str, float | str] = {"way": way, "seconds": time.perf_counter() - start}
-    moving.finish_moving(model)
+    moving.finish_moving()
     record["settled"] = time.perf_counter() - start
     record |= {"peak_anonymous": most[0] - before, "anonymous": status("RssAnon") - before}
     record |= {"resident": status("VmRSS"), "packed": torch_slmops.report(model).bytes_after}

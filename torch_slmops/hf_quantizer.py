@@ -22,7 +22,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from torch_slmops import moving
 from torch_slmops.dequantize import dequantize
 from torch_slmops.files import Checkpoint, check, taken
-from torch_slmops.moving import finish_moving
 from torch_slmops.notes import note_saved
 from torch_slmops.plan import make_formats
 from torch_slmops.rebuild import Structure, plan_structure
@@ -160,7 +159,7 @@ class SlmopsQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Returns what `save_pretrained` writes; the config of the model is told of us."""
-        finish_moving(model)
+        moving.finish_moving()
         ignored = model._keys_to_ignore_on_save or ()
         state = {name: t for name, t in model.state_dict().items() if name not in ignored}
         recipe, tensors = recipe_of(model, state)
@@ -207,12 +206,16 @@ def _take_over(model: nn.Module, structure: Structure, files: dict[str, str]) ->
     recipe = structure.recipe
     sizes = [recipe.tensors.get(f"{name}.packed") for name in structure.packed]
     later = sum(stored.shape[0] for stored in sizes if stored is not None) >= moving.LARGE
+    in_files: list[Tensor] = []
     for name, module in structure.packed.items():
         for key, buffer in list(module._buffers.items()):
             full = f"{name}.{key}"
             if full in recipe.tensors and buffer is not None:
                 stays = later and key == "packed"
-                module._buffers[key] = _taken(buffer, full, recipe, files, structure.file, stays)
+                made = _taken(buffer, full, recipe, files, structure.file, stays)
+                module._buffers[key] = made
+                if made is buffer:
+                    in_files.append(made)
         wrong = None if f"{name}.packed" in recipe.shared else module._misfit(module.packed)
         if wrong is not None:
             raise SavedModelError(f"{files.get(f'{name}.packed')}: {name}.packed: {wrong}")
@@ -234,8 +237,8 @@ def _take_over(model: nn.Module, structure: Structure, files: dict[str, str]) ->
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     note_saved(model, recipe.left, recipe.options)
-    if later:
-        moving.move_later(model)
+    if in_files:
+        moving.move_later(model, in_files)
 
 
 def _taken(

@@ -11,13 +11,12 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
 from torch_slmops import memory
-from torch_slmops.modules import PackedModule
 
 __all__ = ["LARGE", "finish_moving", "move_later"]
 
@@ -27,27 +26,6 @@ _KEY = "packed"
 _CHUNK = 32 << 20  # copied before the thread looks whether the process is about to end
 
 _logger = logging.getLogger("torch_slmops")
-_moving: WeakKeyDictionary[nn.Module, threading.Thread] = WeakKeyDictionary()
-
-
-def move_later(model: nn.Module) -> None:
-    """Starts a thread that moves the packed weights of `model`, which may be used meanwhile."""
-    places = _places(model)
-    thread = threading.Thread(target=_move, args=(places,), name="torch_slmops: moving weights")
-    _moving[model] = thread
-    thread.start()
-
-
-def finish_moving(model: nn.Module) -> None:
-    """Returns when no weight of `model`, or of what it is a part of, lies in a file any more.
-
-    A file that is about to be written over must not be mapped.
-    """
-    if _moving:
-        for thread in list(_moving.values()):
-            thread.join()
-        _moving.clear()
-        _move(_places(model))  # a child of fork() has no such thread
 
 
 class _Place:
@@ -65,20 +43,42 @@ class _Place:
                 module._buffers[_KEY] = new
 
 
-def _places(model: nn.Module) -> list[_Place]:
-    found: dict[int, _Place] = {}
+# By model: the thread, and what it has not moved yet.
+_moving: WeakKeyDictionary[nn.Module, tuple[threading.Thread, list[_Place]]] = WeakKeyDictionary()
+
+
+def move_later(model: nn.Module, tensors: Sequence[Tensor]) -> None:
+    """Starts a thread that moves packed weights of `model`, which may be used meanwhile.
+
+    Args:
+        model: The model.
+        tensors: Those that lie in a file.
+    """
+    places = {id(tensor): _Place(tensor) for tensor in tensors}
     for module in model.modules():
-        tensor = module._buffers.get(_KEY) if isinstance(module, PackedModule) else None
-        if tensor is not None and tensor.untyped_storage().nbytes() != tensor.numel():
-            found.setdefault(id(tensor), _Place(tensor)).modules.append(ref(module))
-    return list(found.values())
+        place = places.get(id(module._buffers.get(_KEY)))
+        if place is not None:
+            place.modules.append(ref(module))
+    pending = list(places.values())[::-1]
+    thread = threading.Thread(target=_move, args=(pending,), name="torch_slmops: moving weights")
+    _moving[model] = thread, pending
+    thread.start()
 
 
-def _move(places: Iterable[_Place]) -> None:
-    pending = list(places)[::-1]
-    del places
+def finish_moving() -> None:
+    """Returns when no packed weight lies in the file that it was loaded from any more.
+
+    A file that is about to be written over must not be mapped.
+    """
+    for model, (thread, pending) in list(_moving.items()):
+        thread.join()
+        _move(pending)  # a child of fork() has no such thread
+        _moving.pop(model, None)
+
+
+def _move(pending: list[_Place]) -> None:
     while pending:
-        place = pending.pop()
+        place = pending[-1]
         if any(module() is not None for module in place.modules):
             try:
                 new = _copied(place.tensor)
@@ -88,6 +88,7 @@ def _move(places: Iterable[_Place]) -> None:
             if new is None:
                 return
             place.put(new)
+        pending.pop()
 
 
 def _copied(tensor: Tensor) -> Tensor | None:

@@ -226,9 +226,11 @@ def _from_plain(plain: Any) -> Recipe:
         )
         for name, stored in plain["tensors"].items()
     }
+    every: list[Layer | Stored] = [*layers.values(), *tensors.values()]
+    for described in every:
+        if not isinstance(getattr(torch, described.dtype, None), torch.dtype):
+            raise ValueError(f"dtype {described.dtype!r}")
     for layer in layers.values():
-        if not isinstance(getattr(torch, layer.dtype, None), torch.dtype):
-            raise ValueError(f"dtype {layer.dtype!r}")
         if not isinstance(layer.origin, str):
             raise ValueError(f"origin {layer.origin!r}")
     left = plain["left"]

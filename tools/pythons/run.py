@@ -77,7 +77,9 @@ def environment(name: str, python: str, torch: str, wheel: Path) -> Path:
         subprocess.run([python, "-m", "venv", folder], check=True)
 
     def install(*what: str | Path) -> None:
-        subprocess.run([made, "-m", "pip", "install", "-q", *what], check=True)
+        subprocess.run(
+            [made, "-m", "pip", "install", "-q", "--no-warn-conflicts", *what], check=True
+        )
 
     index = os.environ.get("TORCH_INDEX")
     stamp = folder / f"torch-{torch}"
