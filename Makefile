@@ -181,7 +181,7 @@ test-serve: build $(VENV)/.stamp-dev
 	$(PIP) install -q --upgrade --target build/serve-http fastapi==0.165.0 openai==3.57.0 uvicorn==0.54.0
 	PYTHONPATH=build/serve:build/serve-http $(VENV)/bin/python -m pytest tests/test_serve.py
 
-# Calls of generate, with lengths drawn at random, whose memory must not grow: about 20 minutes.
+# Twice 10,000 calls of generate, with lengths drawn at random, whose memory must not grow: some 5 minutes of one core.
 soak: build $(VENV)/.stamp-dev
 	SLMOPS_SOAK_CALLS=10000 $(VENV)/bin/python -m pytest tests/test_soak.py
 

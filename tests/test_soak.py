@@ -1,6 +1,6 @@
 """Generating again and again takes no more memory.
 
-`make soak` runs 10,000 calls: SLMOPS_SOAK_CALLS is their number.
+`make soak` runs 10,000 calls for each: SLMOPS_SOAK_CALLS is their number.
 """
 
 from __future__ import annotations
