@@ -6,11 +6,16 @@
 namespace slmops::SLMOPS_ISA {
 namespace {
 
-/// The angles of row `row`; none where args have none.
-inline Angles angles_at(const HeadsArgs& args, int64_t row) {
+/// A row as sequence and position in it.
+struct Place {
+  int64_t sequence, position;
+};
+
+/// The angles of a row; none where args have none.
+inline Angles angles_at(const HeadsArgs& args, Place row) {
   if (args.cos == nullptr) return {nullptr, nullptr, DType::f32, 0};
-  const int64_t at = (row / args.length * args.angle_batch_stride + row % args.length * args.r) *
-                     size_of(args.angle_type);
+  const int64_t at =
+      (row.sequence * args.angle_batch_stride + row.position * args.r) * size_of(args.angle_type);
   return {static_cast<const uint8_t*>(args.cos) + at, static_cast<const uint8_t*>(args.sin) + at,
           args.angle_type, args.r};
 }
@@ -24,7 +29,7 @@ inline void scatter_key(const uint8_t* x, int64_t d, int64_t slot, uint8_t* plac
 
 /// Heads [begin, end) of part `part` (0: q, 1: k, 2: v) of one row, at x.
 template <DType kType, DType kAngleType>
-inline void finish_part(const HeadsArgs& args, int part, int64_t row, int64_t begin, int64_t end,
+inline void finish_part(const HeadsArgs& args, int part, Place row, int64_t begin, int64_t end,
                         const Angles& angles, float* x) {
   const int64_t d = args.d;
   const bool rotated = part < 2;
@@ -32,9 +37,9 @@ inline void finish_part(const HeadsArgs& args, int part, int64_t row, int64_t be
   if (width > d) rms_norm_row(args.norm[part], x, DType::f32, x, DType::f32, width);
   const HeadsOut& to = args.out[part];
   constexpr int64_t kSize = size_of(kType);
-  const int64_t l = row % args.length;
   alignas(64) uint8_t key[kMostKeyElements * sizeof(float)];
-  const int64_t at = row / args.length * to.batch_stride + (to.blocked ? 0 : l * to.length_stride);
+  const int64_t at =
+      row.sequence * to.batch_stride + (to.blocked ? 0 : row.position * to.length_stride);
   for (int64_t head = begin; head < end; ++head, x += d) {
     uint8_t* place = static_cast<uint8_t*>(to.data) + (at + head * to.head_stride) * kSize;
     uint8_t* out = to.blocked ? key : place;
@@ -44,26 +49,28 @@ inline void finish_part(const HeadsArgs& args, int part, int64_t row, int64_t be
     } else {
       convert(x, DType::f32, out, kType, d);
     }
-    if (to.blocked) scatter_key<kSize>(key, d, to.first_slot + l, place);
+    if (to.blocked) scatter_key<kSize>(key, d, to.first_slot + row.position, place);
   }
 }
 
 template <DType kType, DType kAngleType>
 inline void finish_heads(const HeadsArgs& args, float* x, int64_t stride, int64_t row, int64_t rows,
                          int64_t head, int64_t count) {
+  Place place = {row / args.length, row % args.length};
   for (int64_t i = 0; i < rows; ++i) {
-    const Angles angles = angles_at(args, row + i);
+    const Angles angles = angles_at(args, place);
     int64_t part_begin = 0;  // in heads of the whole row
     for (int part = 0; part < 3; ++part) {
       const int64_t part_end = part_begin + args.heads[part];
       const int64_t begin = head > part_begin ? head : part_begin;
       const int64_t end = head + count < part_end ? head + count : part_end;
       if (begin < end) {
-        finish_part<kType, kAngleType>(args, part, row + i, begin - part_begin, end - part_begin,
+        finish_part<kType, kAngleType>(args, part, place, begin - part_begin, end - part_begin,
                                        angles, x + i * stride + (begin - head) * args.d);
       }
       part_begin = part_end;
     }
+    if (++place.position == args.length) place = {place.sequence + 1, 0};
   }
 }
 
