@@ -16,7 +16,7 @@ from bits import assert_same_bits
 from small_models import logits, small, tokens, transformers
 from torch import Tensor
 
-from torch_slmops import memory, moving, optimize
+from torch_slmops import moving, optimize
 from torch_slmops.modules import PackedModule
 
 IDS = tokens(2, 5)
@@ -119,12 +119,12 @@ def test_a_model_that_is_gone(folder: Path, gate: Any) -> None:
 def test_no_memory(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(size: int) -> Tensor:
+    def fail(tensor: Tensor) -> Tensor:
         raise OSError("Cannot allocate memory")
 
     want = logits(load(folder), IDS)
     moving.finish_moving()
-    monkeypatch.setattr(memory, "empty", fail)
+    monkeypatch.setattr(moving, "_copied", fail)
     with caplog.at_level(logging.WARNING, "torch_slmops"):
         model = load(folder)
         for thread, _ in list(moving._moving.values()):

@@ -138,10 +138,10 @@ def _tensors(checkpoint: Checkpoint, packed: dict[str, PackedModule]) -> dict[st
     found: dict[str, Tensor] = {}
     for name in checkpoint.recipe.tensors:
         mapped, file = checkpoint.tensor(name), str(checkpoint.files[name])
+        found[name] = taken(mapped, name, checkpoint.recipe.tensors[name], file)
         module = packed.get(name.removesuffix(".packed"))
         if module is not None and name.endswith(".packed"):
-            wrong = module._misfit(mapped)
+            wrong = module._misfit(found[name])
             if wrong is not None:
                 raise SavedModelError(f"{file}: {name}: {wrong}")
-        found[name] = taken(mapped, name, checkpoint.recipe.tensors[name], file)
     return found
