@@ -1,7 +1,7 @@
 """Stand-ins for the CUDA libraries that PyPI's torch for x86-64 Linux is linked with.
 
 They take gigabytes, and a test on a CPU calls none of them. A stand-in has the functions that torch
-asks of a library, with their versions; each returns 100, cudaErrorNoDevice.
+asks of a library, with their versions; nearly all return 100, cudaErrorNoDevice.
 Without them torch does not even load. They go beside torch's own libraries, in an environment made
 for tests: the one of the interpreter that runs this, without importing torch.
 """
@@ -16,6 +16,9 @@ from pathlib import Path
 
 # What these libraries call their functions.
 PREFIXES = ("cu", "nccl", "nv", "__cuda")
+# torch puts what these return into the text of an error.
+TEXT = 'const char *{name}(void) {{ return "a stand-in"; }}\n'
+NO_DEVICE = "int {name}(void) {{ return 100; }}\n"
 
 
 def read(*command: str | Path) -> str:
@@ -50,11 +53,16 @@ def symbols(library: Path, flag: str) -> list[tuple[str, str]]:
     return found
 
 
+def body(function: str) -> str:
+    """What a stand-in does."""
+    return TEXT if function.endswith(("String", "ErrorName")) else NO_DEVICE
+
+
 def stand_in(folder: Path, name: str, functions: dict[str, set[str]]) -> None:
     """Compiles a library. `functions`: names by version."""
     source = folder / f"{name}.c"
     every = sorted(set[str]().union(*functions.values()))
-    source.write_text("".join(f"int {function}(void) {{ return 100; }}\n" for function in every))
+    source.write_text("".join(body(function).format(name=function) for function in every))
     command: list[str | Path] = ["cc", "-shared", "-nostdlib", f"-Wl,-soname,{name}"]
     nodes = folder / f"{name}.map"
     versioned = {version: names for version, names in functions.items() if version}
