@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     platform.machine() not in ("aarch64", "arm64"), reason="peers of AArch64"
 )
 
-N, K = 96, 512
+N, K = 256, 1024
 
 
 def weight(group: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ host=$1
 shift
 declare -A best=([neoverse-n1]=neon_dotprod [neoverse-v1]=neon_i8mm [max]=neon_i8mm)
 mkdir -p .arm/vectors
+export TQDM_DISABLE=1
 
 "$host" tests/vectors.py write .arm/vectors/host.pt
 for cpu; do
