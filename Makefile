@@ -43,7 +43,7 @@ help:
 	@echo "make arm           AArch64, cross-built, on emulated CPUs: the C++ tests at every level, ops and a model in Python at three"
 	@echo "make arm-quick     the same with Python at one level"
 	@echo "make arm-cost      AArch64: executed instructions and predicted cycles of the hot loops"
-	@echo "make arm-wheel     AArch64: a wheel in dist/"
+	@echo "make arm-wheel     AArch64: a wheel in dist/, audited, and selfcheck with it on an emulated CPU"
 	@echo "make emulate-bochs the rows avx_vnni and amx on emulated CPUs that have them"
 	@echo "make test-transformers  the tests of model families with several versions of transformers"
 	@echo "make test-pythons  one wheel on several Pythons, and on the oldest torch"
@@ -139,9 +139,9 @@ arm-cost: $(VENV)/.stamp-run
 	$(ARM_BUILD) cost
 	$(VENV)/bin/python tools/arm/cost.py
 
-arm-wheel: $(VENV)/.stamp-run
+arm-wheel: $(VENV)/.stamp-dev
 	$(ARM_SETUP) python
-	$(ARM_BUILD) wheel
+	tools/arm/wheel.sh $(VENV)/bin/python
 
 emulate-bochs: build
 	tools/bochs/run.sh

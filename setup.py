@@ -15,8 +15,9 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).resolve().parent
-# macOS calls it arm64.
-MACHINE = platform.machine().replace("arm64", "aarch64")
+# Windows calls it AMD64, macOS arm64.
+MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+MSVC = platform.system() == "Windows"
 
 # torch 2.10, the first whose stable ABI has parallel_for and const data pointers.
 TORCH_TARGET_VERSION = "0x020a000000000000"
@@ -24,7 +25,10 @@ MINIMUM_COMPILERS = {"g++": 11, "clang++": 14}
 
 # They follow a user's CFLAGS on the command line and so win over them: fast-math, contraction or
 # an architecture above the baseline would break the promise of equal bits or crash older CPUs.
-COMMON_FLAGS = [
+# MSVC's have not been tried by anybody yet; its /fp:precise contracts nothing (Visual Studio 2022),
+# and it does not know the pragmas that unroll.
+MSVC_COMMON_FLAGS = "/std:c++20 /O2 /fp:precise /GL- /W3 /wd4068".split()
+GNU_COMMON_FLAGS = [
     "-std=c++20",
     "-O3",
     "-g0",
@@ -36,7 +40,8 @@ COMMON_FLAGS = [
     f"-ffile-prefix-map={ROOT}=.",
     "-Wall",
 ]
-BASELINE_FLAGS = {
+COMMON_FLAGS = MSVC_COMMON_FLAGS if MSVC else GNU_COMMON_FLAGS
+GNU_BASELINE_FLAGS = {
     # -march alone leaves an earlier -mavx512f in force; switching SSE3 off takes all that builds
     # on it (SSE4, AVX, AVX-512, FMA, F16C) with it.
     "x86_64": (
@@ -45,31 +50,34 @@ BASELINE_FLAGS = {
     ).split(),
     "aarch64": ["-march=armv8-a"],
 }.get(MACHINE, [])
+BASELINE_FLAGS = [] if MSVC else GNU_BASELINE_FLAGS
 
-# Every ISA row: the machine it is for (None: all) and its flags. The file is csrc/isa/<row>.cpp.
+# Every ISA row: the machine it is for (None: all), its flags, and MSVC's. The file is
+# csrc/isa/<row>.cpp.
 AVX2_FLAGS = "-mavx2 -mfma -mf16c".split()
 AVX512_FLAGS = [
     *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni".split(),
     *AVX2_FLAGS,
 ]
-ISAS: dict[str, tuple[str | None, list[str]]] = {
-    "amx": ("x86_64", ["-mamx-tile", "-mamx-int8", *AVX512_FLAGS]),
-    "avx512_vnni": ("x86_64", AVX512_FLAGS),
-    "avx_vnni": ("x86_64", ["-mavxvnni", *AVX2_FLAGS]),
-    "avx2": ("x86_64", AVX2_FLAGS),
-    "neon_i8mm": ("aarch64", ["-march=armv8.2-a+dotprod+i8mm"]),
-    "neon_dotprod": ("aarch64", ["-march=armv8.2-a+dotprod"]),
-    "scalar": (None, []),
+ISAS: dict[str, tuple[str | None, list[str], list[str]]] = {
+    "amx": ("x86_64", ["-mamx-tile", "-mamx-int8", *AVX512_FLAGS], ["/arch:AVX512"]),
+    "avx512_vnni": ("x86_64", AVX512_FLAGS, ["/arch:AVX512"]),
+    "avx_vnni": ("x86_64", ["-mavxvnni", *AVX2_FLAGS], ["/arch:AVX2"]),
+    "avx2": ("x86_64", AVX2_FLAGS, ["/arch:AVX2"]),
+    "neon_i8mm": ("aarch64", ["-march=armv8.2-a+dotprod+i8mm"], []),
+    "neon_dotprod": ("aarch64", ["-march=armv8.2-a+dotprod"], []),
+    "scalar": (None, [], []),
 }
 # No exceptions, type information or guarded statics: each would bring weak symbols, which the
 # linker may keep for everybody although they were compiled for one row's CPU.
-ROW_FLAGS = [
+GNU_ROW_FLAGS = [
     "-fno-exceptions",
     "-fno-rtti",
     "-fno-threadsafe-statics",
     "-fno-math-errno",
     "-Wextra",
 ]
+ROW_FLAGS = "/GR- /Zc:threadSafeInit-".split() if MSVC else GNU_ROW_FLAGS
 GCC_ROW_FLAGS = [
     # g++ would gather a block's additions after all its products, whose 64 results then go through
     # the stack: 4.6 instead of 3.4 instructions per product (avx2, int4).
@@ -89,7 +97,8 @@ GCC_ROW_FLAGS = [
 
 def rows() -> dict[str, list[str]]:
     """Flags of each ISA row of this machine, best row first."""
-    return {row: flags for row, (machine, flags) in ISAS.items() if machine in (None, MACHINE)}
+    mine = {row: flags for row, (machine, *flags) in ISAS.items() if machine in (None, MACHINE)}
+    return {row: msvc if MSVC else gnu for row, (gnu, msvc) in mine.items()}
 
 
 def sources() -> list[str]:
@@ -151,7 +160,7 @@ class BuildRows(BuildExtension):
         if not self.use_ninja:
             raise RuntimeError("expected ninja on PATH, found none: `pip install ninja`")
         self.row_flags = [*COMMON_FLAGS, *ROW_FLAGS]
-        if compiler_name() == "g++":
+        if not MSVC and compiler_name() == "g++":
             self.row_flags += GCC_ROW_FLAGS
         # Threads, because every row is a ninja run of its own and would wait for the one before.
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
@@ -179,7 +188,7 @@ def extension() -> Extension:
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         extra_compile_args=[*COMMON_FLAGS, *BASELINE_FLAGS],
         # A user's -ffast-math would link code that switches denormals off for the whole process.
-        extra_link_args=["-fno-fast-math", "-fno-lto"],
+        extra_link_args=[] if MSVC else ["-fno-fast-math", "-fno-lto"],
     )
 
 

@@ -76,6 +76,19 @@ def test_build_refuses_old_compilers(
         load_setup().compiler_name()
 
 
+def test_flags_of_msvc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No flag of g++ reaches MSVC, and it has the rows of x86-64; nothing was built with it."""
+    monkeypatch.setattr(platform, "system", lambda: "Windows")
+    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
+    build = load_setup()
+    assert list(build.rows()) == ["amx", "avx512_vnni", "avx_vnni", "avx2", "scalar"]
+    flags = [*build.COMMON_FLAGS, *build.ROW_FLAGS, *build.BASELINE_FLAGS]
+    flags += [flag for row in build.rows().values() for flag in row]
+    assert "/fp:precise" in flags and "/arch:AVX512" in flags
+    assert all(flag.startswith("/") for flag in flags)
+    assert build.extension().extra_link_args == []
+
+
 @pytest.mark.full
 def test_wheel_is_abi3_and_complete(wheel: Path) -> None:
     version = torch_slmops.__version__

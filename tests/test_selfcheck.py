@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,13 @@ def test_passes_here(threads: None) -> None:
     torch.set_num_threads(1)
     before = torch_slmops.isa()
     advanced: list[int] = []
+    start = time.process_time()
     found = selfcheck.selfcheck(advance=advanced.append)
+    assert time.process_time() - start < 30  # not found.seconds: others may use the machine too
     assert found.passed, found
     assert found.rows == tuple(torch_slmops.isas())
     assert found.threads == (1, 2)
-    assert found.seconds < 30
+    assert found.seconds > 0
     assert sum(advanced) == selfcheck.steps(found.rows, found.threads)
     assert len(found.logits) == 1 + 3 * len(found.rows) * 2
     assert (torch_slmops.isa(), torch.get_num_threads()) == (before, 1)

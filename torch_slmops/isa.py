@@ -28,7 +28,9 @@ HOW_TESTED = {
     "avx512_vnni": "hardware (Zen 4)",
     "avx_vnni": "emulated CPU (Bochs) and, with its dots re-encoded, hardware (Zen 4)",
     "avx2": "hardware",
-    "scalar": "hardware",
+    "neon_dotprod": "emulated CPUs (qemu: Neoverse N1, V1, N2); no hardware",
+    "neon_i8mm": "emulated CPUs (qemu: Neoverse V1, N2); no hardware",
+    "scalar": "hardware (x86-64); emulated CPU (qemu: Cortex-A72)",
 }
 
 

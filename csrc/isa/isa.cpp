@@ -6,7 +6,7 @@
 #include <cstring>
 #include <iterator>
 #include <stdexcept>
-#if defined(__x86_64__)
+#if defined(__x86_64__) || defined(_M_X64)
 #include "x86_features.h"
 #elif defined(__aarch64__)
 #include "arm_features.h"
@@ -18,7 +18,7 @@ namespace scalar {
 extern const KernelTable kernels;
 }
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) || defined(_M_X64)
 
 namespace avx2 {
 extern const KernelTable kernels;

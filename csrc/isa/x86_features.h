@@ -1,10 +1,16 @@
 // What an x86-64 CPU and its operating system offer, asked without torch.
 #pragma once
+#if defined(_MSC_VER) && !defined(__clang__)
+#include <intrin.h>
+#else
 #include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+
+#include <cstring>
 
 #include "isa.h"
 
@@ -28,27 +34,57 @@ inline uint32_t permitted(uint32_t features) {
   return asked && ask_for_tiles() ? features : features & ~kTiles;
 }
 
+struct CpuidAnswer {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+};
+
+/// What CPUID says to leaf and subleaf; zeros where it has no such leaf.
+inline CpuidAnswer cpuid(uint32_t leaf, uint32_t subleaf) {
+  CpuidAnswer answer;
+#if defined(_MSC_VER) && !defined(__clang__)
+  int words[4];
+  __cpuid(words, 0);
+  if (leaf > static_cast<uint32_t>(words[0])) return answer;
+  __cpuidex(words, static_cast<int>(leaf), static_cast<int>(subleaf));
+  memcpy(&answer, words, sizeof(answer));
+#else
+  __get_cpuid_count(leaf, subleaf, &answer.a, &answer.b, &answer.c, &answer.d);
+#endif
+  return answer;
+}
+
+/// XCR0: which registers the system saves. To be asked only where CPUID has OSXSAVE.
+inline uint64_t saved_registers() {
+#if defined(_MSC_VER) && !defined(__clang__)
+  return _xgetbv(0);
+#else
+  uint32_t low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return uint64_t{high} << 32 | low;
+#endif
+}
+
 inline uint32_t x86_features() {
-  __builtin_cpu_init();
+  constexpr uint64_t kYmm = 0x6, kZmm = 0xe6;  // with all that they contain
+  const CpuidAnswer one = cpuid(1, 0), seven = cpuid(7, 0), more = cpuid(7, 1);
+  const uint64_t saved = one.c >> 27 & 1 ? saved_registers() : 0;
+  const bool ymm = (saved & kYmm) == kYmm, zmm = (saved & kZmm) == kZmm;
   uint32_t found = 0;
-  // The built-in takes literals only, and it also asks XCR0 whether the system saves the registers.
-  if (__builtin_cpu_supports("avx2")) found |= kAvx2;
-  if (__builtin_cpu_supports("fma")) found |= kFma;
-  if (__builtin_cpu_supports("avx512f")) found |= kAvx512f;
-  if (__builtin_cpu_supports("avx512bw")) found |= kAvx512bw;
-  if (__builtin_cpu_supports("avx512vl")) found |= kAvx512vl;
-  if (__builtin_cpu_supports("avx512dq")) found |= kAvx512dq;
-  if (__builtin_cpu_supports("avx512vnni")) found |= kAvx512vnni;
-  // Clang 14 does not know the names of the others. That the system saves their registers is AVX's
-  // to say, of tiles the kernel's.
-  unsigned a, b, c, d;
-  const bool avx = __builtin_cpu_supports("avx");
-  if (__get_cpuid(1, &a, &b, &c, &d) != 0 && avx && (c & bit_F16C) != 0) found |= kF16c;
-  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && avx && (a & 1u << 4) != 0) found |= kAvxVnni;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) != 0) {
-    if ((d & 1u << 24) != 0) found |= kAmxTile;
-    if ((d & 1u << 25) != 0) found |= kAmxInt8;
-  }
+  const auto add = [&](bool usable, uint32_t word, int bit, uint32_t feature) {
+    if (usable && (word >> bit & 1) != 0) found |= feature;
+  };
+  add(ymm, one.c, 12, kFma);
+  add(ymm, one.c, 29, kF16c);
+  add(ymm, seven.b, 5, kAvx2);
+  add(ymm, more.a, 4, kAvxVnni);
+  add(zmm, seven.b, 16, kAvx512f);
+  add(zmm, seven.b, 17, kAvx512dq);
+  add(zmm, seven.b, 30, kAvx512bw);
+  add(zmm, seven.b, 31, kAvx512vl);
+  add(zmm, seven.c, 11, kAvx512vnni);
+  // Whether the tiles are saved is the kernel's to say.
+  add(true, seven.d, 24, kAmxTile);
+  add(true, seven.d, 25, kAmxInt8);
   return permitted(found);
 }
 

@@ -11,8 +11,6 @@
 namespace slmops::SLMOPS_ISA {
 namespace {
 
-constexpr float kInfinity = __builtin_inff();
-
 /// Raw products to scores: scale, softcap, additive mask, and -inf where a row may not see.
 inline void mask_scores(const AttentionArgs& args, const Item& item, int64_t row, int64_t first,
                         Range blocks, const Workspace& w, float* s) {

@@ -1,11 +1,16 @@
 // What all kernels share: typed loads and stores with tails, unrolling by row count, the 16-partial
 // sum.
 #pragma once
+#include <limits>
+
 #include "../simd/math.h"
 #include "kernels.h"
 
 namespace slmops::SLMOPS_ISA {
 namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 constexpr int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
 

@@ -89,7 +89,7 @@ SLMOPS_INLINE void quantize_span(const Format& f, const Row& row, int64_t begin,
     float amax;
     memcpy(&amax, &amax_bits, sizeof(amax));
     const bool zero = amax_bits < kTinyBits || amax_bits >= kInfinityBits;
-    *scale = amax_bits >= kInfinityBits ? __builtin_nanf("") : zero ? 0.0f : amax / 127.0f;
+    *scale = amax_bits >= kInfinityBits ? kNan : zero ? 0.0f : amax / 127.0f;
     if (zero) memset(out.codes + group, 0, static_cast<size_t>(f.act_group));
     const F32 r = splat(127.0f / amax);
     for (int64_t k = group; k < group + f.act_group; k += unit) {

@@ -98,7 +98,7 @@ inline F32 search_scale(const WeightBlock& block, int64_t begin, int64_t end, Di
       }
     }
     const F32 ratio = lx / l2, score = lx * ratio;
-    const Mask better = best < select(score < splat(__builtin_inff()), score, splat(-1.0f));
+    const Mask better = best < select(score < splat(kInfinity), score, splat(-1.0f));
     best = select(better, score, best);
     scale = select(better, base * ratio, scale);
   }

@@ -6,8 +6,8 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__x86_64__) || defined(__i386__)
-#include <xmmintrin.h>
+#if defined(__x86_64__) || defined(_M_X64)
+#include <emmintrin.h>
 #elif !defined(__aarch64__)
 #include <cfenv>
 #endif
@@ -23,7 +23,7 @@ class FpScope {
   FpScope& operator=(const FpScope&) = delete;
 
  private:
-#if defined(__x86_64__) || defined(__i386__)
+#if defined(__x86_64__) || defined(_M_X64)
   static constexpr uint32_t kControl =
       0xffc0;                                  // flush-to-zero, rounding, masks, denormals-are-zero
   static constexpr uint32_t kWanted = 0x1f80;  // all exceptions masked, the rest off

@@ -91,7 +91,9 @@ STABLE_TORCH_LIBRARY_IMPL(slmops, CompositeExplicitAutograd, m) {
 
 // Nothing but Python calls PyInit__C; a program without Python, where this does not exist, loads
 // the library for its ops.
+#if defined(__GNUC__)
 #pragma weak PyModule_Create2
+#endif
 
 namespace {
 PyModuleDef definition = {.m_base = PyModuleDef_HEAD_INIT,

@@ -109,7 +109,7 @@ class Worker {
     }
   }
   static void relax() {
-#if defined(__x86_64__) || defined(__i386__)
+#if defined(__x86_64__) || defined(_M_X64)
     _mm_pause();
 #elif defined(__aarch64__)
     asm volatile("isb");

@@ -11,6 +11,8 @@
 
 #include <cstdint>
 
+#include "compiler.h"
+
 namespace slmops::SLMOPS_ISA {
 namespace {
 
@@ -23,7 +25,7 @@ struct alignas(64) TileShapes {
 };
 
 /// Ends with all stores in memory: g++'s intrinsics do not say that they read it.
-inline void settle(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
+inline void settle(const void* p) { SLMOPS_SETTLE(p); }
 
 class Matrix {
  public:

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "compiler.h"
+
 namespace slmops::SLMOPS_ISA {
 namespace {
 
@@ -14,7 +16,7 @@ constexpr bool kPairs = false;
 struct Pairs;
 constexpr int kFloatSums = 4;  // 8 of 16 ymm
 
-inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+inline void prefetch(const uint8_t* p) { SLMOPS_PREFETCH(p); }
 
 struct F32 {
   __m256 a, b;

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "compiler.h"
+
 namespace slmops::SLMOPS_ISA {
 namespace {
 
@@ -26,7 +28,7 @@ constexpr bool kPairs = false;
 struct Pairs;
 constexpr int kFloatSums = 16;
 
-inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+inline void prefetch(const uint8_t* p) { SLMOPS_PREFETCH(p); }
 
 struct F32 {
   __m512 v;

@@ -5,7 +5,7 @@
 // tail F(-a) has no cancellation, and beyond the end where it is 0 the result is max(x, 0) itself.
 #pragma once
 
-#define SLMOPS_INLINE inline __attribute__((always_inline))
+#include "compiler.h"
 
 namespace slmops::SLMOPS_ISA {
 namespace {

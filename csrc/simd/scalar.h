@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "compiler.h"
+
 namespace slmops::SLMOPS_ISA {
 namespace {
 
@@ -42,7 +44,7 @@ struct Pairs;
 /// Vectors of fp32 sums that a block of a float product keeps in registers, a power of two.
 constexpr int kFloatSums = 1;
 /// Asks for the cache line at p, to be read soon.
-inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+inline void prefetch(const uint8_t* p) { SLMOPS_PREFETCH(p); }
 
 struct F32 {
   float v[16];
@@ -105,12 +107,12 @@ inline F32 operator/(F32 a, F32 b) {
 /// a * b + c, rounded once.
 inline F32 fma(F32 a, F32 b, F32 c) {
   F32 r;
-  SLMOPS_LANES(r.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]));
+  SLMOPS_LANES(r.v[i] = SLMOPS_FMAF(a.v[i], b.v[i], c.v[i]));
 }
 /// -(a * b) + c, rounded once.
 inline F32 fnma(F32 a, F32 b, F32 c) {
   F32 r;
-  SLMOPS_LANES(r.v[i] = __builtin_fmaf(-a.v[i], b.v[i], c.v[i]));
+  SLMOPS_LANES(r.v[i] = SLMOPS_FMAF(-a.v[i], b.v[i], c.v[i]));
 }
 /// a < b ? a : b. Not for NaN, nor where the sign of a zero matters.
 inline F32 min(F32 a, F32 b) {
@@ -134,7 +136,7 @@ inline F32 select(Mask m, F32 a, F32 b) {
 /// Correctly rounded, as operator/ is.
 inline F32 sqrt(F32 a) {
   F32 r;
-  SLMOPS_LANES(r.v[i] = __builtin_sqrtf(a.v[i]));
+  SLMOPS_LANES(r.v[i] = SLMOPS_SQRTF(a.v[i]));
 }
 inline Mask is_nan(F32 a) {
   Mask r;

@@ -132,7 +132,7 @@ def extension() -> Path:
 
 
 def wheel() -> None:
-    """A wheel with the extension, in dist/; its tag is that of the cross compiler's C library."""
+    """A wheel with the extension, in .arm/dist/, tagged linux_aarch64."""
     library = extension()
 
     class Prebuilt(setup.BuildExtension):  # type: ignore[misc, name-defined]
@@ -143,7 +143,10 @@ def wheel() -> None:
 
     os.chdir(ROOT)
     setuptools.setup(
-        script_args=["-q", "bdist_wheel", "--plat-name", "manylinux_2_34_aarch64"],
+        script_args=[
+            *["-q", "bdist_wheel", "--plat-name", "linux_aarch64"],
+            *["--dist-dir", str(ARM / "dist")],
+        ],
         ext_modules=[setup.extension()],
         cmdclass={"build_ext": Prebuilt},
         options={"bdist_wheel": {"py_limited_api": "cp310"}, "build": {"build_base": ".arm/wheel"}},

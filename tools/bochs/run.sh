@@ -83,7 +83,7 @@ clock: sync=none
 CONFIG
   # The terminal display wants a terminal. Switching off is a panic to Bochs: its status says nothing.
   LTDL_LIBRARY_PATH=$root/usr/lib/x86_64-linux-gnu/bochs/plugins BXSHARE=$root/usr/share/bochs TERM=xterm \
-    timeout 900 script -qec "${loader[*]} $root/usr/bin/bochs-bin -q -f $dir/bochsrc" /dev/null \
+    timeout "${BOCHS_SECONDS:-1800}" script -qec "${loader[*]} $root/usr/bin/bochs-bin -q -f $dir/bochsrc" /dev/null \
     >"$dir/screen.txt" 2>&1 || true
   tr -d '\r' <"$dir/serial.txt" | grep -v '^\[' || true
   local expected
