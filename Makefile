@@ -124,6 +124,7 @@ arm: arm-quick
 
 arm-cost: $(VENV)/.stamp-run
 	$(ARM_SETUP) cost
+	$(ARM_SETUP) python
 	$(ARM_BUILD) cost
 	$(VENV)/bin/python tools/arm/cost.py
 
