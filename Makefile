@@ -136,6 +136,7 @@ arm: arm-quick
 
 arm-cost: $(VENV)/.stamp-run
 	$(ARM_SETUP) cost
+	$(ARM_SETUP) python
 	$(ARM_BUILD) cost
 	$(VENV)/bin/python tools/arm/cost.py
 

@@ -272,6 +272,9 @@ constexpr bool fits_matrix(const Format& f, int64_t rows) {
   return rows >= kMatrixRows && f.activations == Activations::int8 &&
          matrix_span(f) / matrix_unit(f) <= kMostMatrixUnits;
 }
+/// Bytes per k of a chunk that blocks of 8 rows take beside its operands: their codes, and for each
+/// 32 k three vectors of 32 lanes and two of 64.
+constexpr int64_t kBlockBytesPerK = 8 + (3 * 32 + 2 * 64) * 4 / 32;
 /// Bytes of LinearArgs::scratch for blocks of `rows` rows: their sums; a chunk of lines expanded to
 /// int8; for a matrix unit the integer sums of a span.
 constexpr int64_t scratch_bytes(const Format& f, int64_t rows) {
@@ -279,7 +282,7 @@ constexpr int64_t scratch_bytes(const Format& f, int64_t rows) {
   const bool matrix = fits_matrix(f, rows);
   if (f.activations == Activations::int8) {
     const int64_t length = chunk_length(f);
-    bytes += (length < f.k_padded ? length : f.k_padded) * kTile;
+    bytes += (length < f.k_padded ? length : f.k_padded) * (kTile + kBlockBytesPerK);
   }
   if (!matrix) return bytes;
   return bytes +

@@ -5,8 +5,8 @@
 // rows at a time; between chunks the fp32 sums wait in scratch. k is walked once, upwards, and
 // lanes are outputs, so a result depends on nothing but its own row and output.
 #pragma once
+#include "linear_blocks.h"
 #include "linear_matrix.h"
-#include "linear_pairs.h"
 
 namespace slmops::SLMOPS_ISA {
 namespace {
@@ -14,10 +14,11 @@ namespace {
 // Overloads without and with a matrix unit.
 template <int kBits, ZeroKind kZero>
 inline void group_step(const Step& s) {
-  if constexpr (kPairs) {
-    if (s.end - s.begin >= kExpandRows) return group_pair_step<Pairs, kBits, kZero>(s);
+  int64_t begin = s.begin;
+  if constexpr (kBlocks) {
+    if (s.end - s.begin > kMaxRows) begin = group_blocks<Block, kBits, kZero>(s);
   }
-  for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
+  for_passes(begin, s.end, s.sums_at(begin), [&](auto& acc, int half, int64_t row) {
     if (s.end - s.begin > kShareRows) prefetch_share(s, row);
     const PassRows rows = s.rows_at(row, 0);
     group_pass<kBits, kZero>(*s.args.format, {s.chunk.lines, 0, 0}, s.chunk.count, half,
@@ -27,8 +28,11 @@ inline void group_step(const Step& s) {
 
 inline void sub16_step(const Step& s) {
   const Format& f = *s.args.format;
+  int64_t begin = s.begin;
+  if constexpr (kBlocks) {
+    if (s.end - s.begin > kMaxRows) begin = sub16_blocks<Block>(s);
+  }
   if (kExpandRows > 0 && s.end - s.begin >= kExpandRows) {
-    if constexpr (kPairs) return sub16_pair_step<Pairs>(s);
     expand_chunk(s.chunk, s.room, store_lines);
     const Chunk lines = {s.room, s.chunk.count};
     for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
@@ -37,11 +41,11 @@ inline void sub16_step(const Step& s) {
       expanded_pass(f, lines, half, LineDots<8>{rows.codes, rows.code_stride}, rows, acc);
     });
   } else if (f.act_group >= kSubBlock) {
-    for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
+    for_passes(begin, s.end, s.sums_at(begin), [&](auto& acc, int half, int64_t row) {
       sub16_pass<true>(f, s.chunk, half, s.rows_at(row, 0), acc);
     });
   } else {
-    for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
+    for_passes(begin, s.end, s.sums_at(begin), [&](auto& acc, int half, int64_t row) {
       sub16_pass<false>(f, s.chunk, half, s.rows_at(row, 0), acc);
     });
   }

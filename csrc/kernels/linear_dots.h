@@ -19,16 +19,21 @@ SLMOPS_INLINE void prefetch_ahead(const uint8_t* line) {
 }
 
 /// What a unit's integer sums start from, so that they end as sum of code * (u - z), or code * u
-/// for a float z or an offset.
+/// for a float z or an offset; plus `bias`.
 template <int kBits, ZeroKind kZero>
-SLMOPS_INLINE I32 start_sums(int32_t preset, const uint8_t* zero_points) {
+SLMOPS_INLINE I32 start_sums(int32_t preset, const uint8_t* zero_points, int32_t bias) {
   constexpr int32_t kBias = kBits == 8 ? kDot8Bias : 0;
-  if constexpr (kZero == ZeroKind::none) return splat_i32(preset);
+  if constexpr (kZero == ZeroKind::none) return start_sum(preset + bias);
   if constexpr (kZero == ZeroKind::int16) {
-    return (load_i16(zero_points) + splat_i32(-kBias)) * splat_i32(preset);
+    const I32 start = (load_i16(zero_points) + splat_i32(-kBias)) * splat_i32(preset);
+    return kSumBias == 0 ? start : start + splat_i32(bias);
   }
-  return splat_i32(kBias * preset);
+  return start_sum(kBias * preset + bias);
 }
+
+/// Whether sums of `unit` products may have kSumBias added and be converted by small_to_f32: none
+/// is beyond 128 * 127 * 255 < 2^22.
+constexpr bool has_small_sums(int64_t unit) { return kSumBias != 0 && unit <= 128; }
 
 /// Adds 32 k of int4 lines to the sums.
 template <int kRows, int kLines>
@@ -42,6 +47,13 @@ SLMOPS_INLINE void add_int4(const uint8_t* lines, const int8_t* codes, int64_t s
   }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
+    if constexpr (kDotsByRows) {
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l) {
+        dot4_rows(dot, l, lines + (2 * j + l) * kLineBytes, codes + j / 2 * 16, stride, j % 2 * 2);
+      }
+      continue;
+    }
     Line low[kLines], high[kLines];
 #pragma GCC unroll 2
     for (int l = 0; l < kLines; ++l) {
@@ -98,10 +110,21 @@ SLMOPS_INLINE void add_sub16(const uint8_t* block, int j, int half, const int8_t
     const uint8_t* lines = block + j * 4 * kLineBytes + (half + l) * kLineBytes;
     prefetch_ahead<kRows>(lines);
     prefetch_ahead<kRows>(lines + 2 * kLineBytes);
+    if constexpr (kDotsByRows) {
+      Dot4 dot[kRows][1];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) dot[r][0] = sub_begin(presets[r * preset_stride]);
+      dot4_rows(dot, 0, lines, codes, stride, 0);
+      dot4_rows(dot, 0, lines + 2 * kLineBytes, codes, stride, 2);
+      const auto sub = sub_scales(block + 16 * kLineBytes + (half + l) * 32, j);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum[r][l] = sub_end(sum[r][l], dot[r][0], sub);
+      continue;
+    }
     const Line first = load_line(lines), second = load_line(lines + 2 * kLineBytes);
     const Line u[4] = {low_nibbles(first), high_nibbles(first), low_nibbles(second),
                        high_nibbles(second)};
-    const I32 sub = sub_scales(block + 16 * kLineBytes + (half + l) * 32, j);
+    const auto sub = sub_scales(block + 16 * kLineBytes + (half + l) * 32, j);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       Dot4 dot = sub_begin(presets[r * preset_stride]);
@@ -140,7 +163,7 @@ SLMOPS_INLINE void add_sub16_block(const uint8_t* block, int half, const int8_t*
   for (int l = 0; l < kLines; ++l) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const I32 sub = sub_scales(block + 16 * kLineBytes + (half + l) * 32, j);
+      const auto sub = sub_scales(block + 16 * kLineBytes + (half + l) * 32, j);
 #pragma GCC unroll 2
       for (int r = 0; r < kRows; ++r) sum[r][l] = sub_end(sum[r][l], dot[j][r][l], sub);
     }

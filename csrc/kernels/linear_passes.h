@@ -102,6 +102,7 @@ SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, Dots&
   constexpr int64_t kLineK = kBits == 4 ? 8 : 4;
   const int64_t unit = preset_unit(f);
   const int64_t scale_offset = f.group / kLineK * 2 * kLineBytes + half * 32;
+  const bool small = has_small_sums(unit);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
@@ -114,8 +115,8 @@ SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, Dots&
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
       for (int l = 0; l < kLines; ++l) {
-        sum[r][l] =
-            start_sums<kBits, kZero>(presets[r * preset_stride], scales + kLineBytes + l * 32);
+        sum[r][l] = start_sums<kBits, kZero>(presets[r * preset_stride],
+                                             scales + kLineBytes + l * 32, small ? kSumBias : 0);
       }
     }
     dots.add(walk->lines<kBits>(), half, walk->k, unit, sum);
@@ -123,7 +124,9 @@ SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, Dots&
     for (int l = 0; l < kLines; ++l) {
       const F32 s = load_scale(f.scale_type, scales + l * 32);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) t[r][l] = fma(to_f32(sum[r][l]), s, t[r][l]);
+      for (int r = 0; r < kRows; ++r) {
+        t[r][l] = fma(small ? small_to_f32(sum[r][l]) : to_f32(sum[r][l]), s, t[r][l]);
+      }
       if constexpr (kZero == ZeroKind::floating) {
         const F32 zero = load_scale(f.scale_type, scales + kLineBytes + l * 32);
         const F32 shift = f.zero_kind == ZeroKind::offset ? negate(zero) : s * zero;

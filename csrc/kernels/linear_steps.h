@@ -46,6 +46,7 @@ struct Step {
   int64_t k, act_group, unit;                            // the chunk's first
   int64_t act_groups, presets_per_row, presets_per_act;  // of a whole row, of an activation group
 
+  SLMOPS_INLINE float* sums_at(int64_t row) const { return sums + (row - begin) * kTile; }
   /// Rows from `row` on, beginning `later` activation groups after the chunk.
   SLMOPS_INLINE PassRows rows_at(int64_t row, int64_t later) const {
     const int64_t k_padded = args.format->k_padded;

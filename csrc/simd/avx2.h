@@ -12,8 +12,10 @@ namespace slmops::SLMOPS_ISA {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr bool kPairs = false;
-struct Pairs;
+constexpr bool kDotsByRows = false;
+constexpr bool kBlocks = false;
+struct Block;
+constexpr int32_t kSumBias = 0;
 constexpr int kFloatSums = 4;  // 8 of 16 ymm
 
 inline void prefetch(const uint8_t* p) { SLMOPS_PREFETCH(p); }
@@ -100,6 +102,7 @@ inline __m256i load_ymm(const void* p) {
 inline __m128i load_xmm(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
 inline I32 splat_i32(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline I32 start_sum(int32_t x) { return splat_i32(x); }
 inline I32 load_i32(const int32_t* p) { return {load_ymm(p), load_ymm(p + 8)}; }
 inline void store_i32(int32_t* p, I32 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
@@ -140,6 +143,7 @@ inline int32_t reduce_add(I32 x) {
 }
 
 inline F32 to_f32(I32 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline F32 small_to_f32(I32 x) { return to_f32(x); }
 inline I32 round(F32 x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 inline I32 bits_of(F32 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 inline F32 from_bits(I32 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }

@@ -24,8 +24,10 @@ constexpr int kSubBlockRows = 2;  // from memory 1.03 (1 row) and 1.1 (2 rows) t
 constexpr int kStreamRows = 32;
 constexpr int32_t kDot8Bias = 0;
 constexpr int kExpandRows = 17;
-constexpr bool kPairs = false;
-struct Pairs;
+constexpr bool kDotsByRows = false;
+constexpr bool kBlocks = false;
+struct Block;
+constexpr int32_t kSumBias = 0;
 constexpr int kFloatSums = 16;
 
 inline void prefetch(const uint8_t* p) { SLMOPS_PREFETCH(p); }
@@ -90,6 +92,7 @@ inline void transpose(F32 (&x)[16]) {
 }
 
 inline I32 splat_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline I32 start_sum(int32_t x) { return splat_i32(x); }
 inline I32 load_i32(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_i32(int32_t* p, I32 x) { _mm512_storeu_si512(p, x.v); }
 inline __m256i load_ymm(const void* p) {
@@ -112,6 +115,7 @@ inline int32_t reduce_max(I32 x) { return _mm512_reduce_max_epi32(x.v); }
 inline int32_t reduce_add(I32 x) { return _mm512_reduce_add_epi32(x.v); }
 
 inline F32 to_f32(I32 x) { return {_mm512_cvtepi32_ps(x.v)}; }
+inline F32 small_to_f32(I32 x) { return to_f32(x); }
 inline I32 round(F32 x) { return {_mm512_cvtps_epi32(x.v)}; }
 inline I32 bits_of(F32 x) { return {_mm512_castps_si512(x.v)}; }
 inline F32 from_bits(I32 x) { return {_mm512_castsi512_ps(x.v)}; }

@@ -1,5 +1,8 @@
-// The SIMD contract on NEON without the dots: a vector is four q registers. scalar.h documents the
-// functions, neon_dotprod.h and neon_i8mm.h have the rest.
+// The SIMD contract on NEON: a vector is four q registers. scalar.h documents the functions.
+//
+// A row's header has defined before what its dot product is: SLMOPS_LANE_DOT, the type Weights of
+// its first factor, as_weights of nibbles and byte_weights of bytes, kDot8Bias. It has the blocks
+// of rows after it.
 #pragma once
 #include <arm_neon.h>
 
@@ -10,12 +13,14 @@ namespace slmops::SLMOPS_ISA {
 namespace {
 
 constexpr int kLanes = 16;
-// 4 rows x 16 outputs: 16 int32 sums, 4 weights and 4 vectors of codes of 32 q; the fp32 sums wait
-// in memory, which costs no slot of the vector pipes.
+// Up to 4 rows of a half of a tile, or 1 of a whole one: 16 or 8 int32 sums of 32 q. More rows go
+// in blocks of 8 rows x 4 outputs.
 constexpr int kMaxRows = 4;
 constexpr int kWideRows = 1;
+constexpr bool kDotsByRows = true;
 constexpr int kSubBlockRows = 0;
 constexpr int kStreamRows = 1;
+constexpr int kExpandRows = 0;
 constexpr int kFloatSums = 4;
 
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
@@ -31,6 +36,10 @@ struct Mask {
 };
 struct Line {
   uint8x16_t q[4];
+};
+/// A Line as bytes that the dot product takes.
+struct Bytes {
+  Weights q[4];
 };
 using Dot4 = I32;
 /// A quad is a lane, which the dot instructions take for all outputs.
@@ -135,7 +144,23 @@ inline int32_t reduce_add(I32 x) {
   return vaddvq_s32(vaddq_s32(vaddq_s32(x.q[0], x.q[1]), vaddq_s32(x.q[2], x.q[3])));
 }
 
+/// A general register to each q: that takes no slot of the vector pipes, as copies of one would.
+inline I32 start_sum(int32_t x) {
+  const auto copy = [&]() __attribute__((always_inline)) {
+    int32x4_t q;
+    asm volatile("dup %0.4s, %w1" : "=w"(q) : "r"(x));
+    return q;
+  };
+  SLMOPS_QUARTERS(I32, (void(i), copy()));
+}
+
 // --- between them ---
+/// The bits of 1.5 * 2^23: an int32 added to them is the float that is larger by that integer.
+constexpr int32_t kSumBias = 0x4b400000;
+/// SCVTF takes two slots of half of the pipes, a subtraction one of any.
+inline F32 small_to_f32(I32 x) {
+  SLMOPS_QUARTERS(F32, vsubq_f32(vreinterpretq_f32_s32(x.q[i]), vdupq_n_f32(12582912.0f)));
+}
 inline F32 to_f32(I32 x) { SLMOPS_QUARTERS(F32, vcvtq_f32_s32(x.q[i])); }
 inline I32 round(F32 x) { SLMOPS_QUARTERS(I32, vcvtnq_s32_f32(x.q[i])); }
 inline I32 bits_of(F32 x) { SLMOPS_QUARTERS(I32, vreinterpretq_s32_f32(x.q[i])); }
@@ -215,19 +240,80 @@ inline Codes load_codes(const int8_t* p) { return vld1q_s8(p); }
 inline Dot4 dot4_begin(I32 acc) { return acc; }
 inline I32 dot4_end(I32 /*acc*/, Dot4 d) { return d; }
 inline int32_t sub_preset(int32_t preset) { return preset; }
-inline Dot4 sub_begin(int32_t preset) { return splat_i32(preset); }
-inline I32 sub_scales(const uint8_t* p, int j) {
-  const int16x8_t right = vdupq_n_s16(static_cast<int16_t>(-4 * j));
+inline Dot4 sub_begin(int32_t preset) { return start_sum(preset); }
+/// Sub-scales of 16 bits: a sum of 16 k fits that too, and products widen.
+struct SubScales {
+  int16x8_t q[2];
+
+  operator I32() const {
+    return {{vmovl_s16(vget_low_s16(q[0])), vmovl_high_s16(q[0]), vmovl_s16(vget_low_s16(q[1])),
+             vmovl_high_s16(q[1])}};
+  }
+};
+inline int16x8_t sub_scales(uint16x8_t x, int j) {
   const uint16x8_t low = vdupq_n_u16(15);
-  const uint16x8_t a = vandq_u16(vshlq_u16(load_halves(p), right), low);
-  const uint16x8_t b = vandq_u16(vshlq_u16(load_halves(p + 16), right), low);
-  return {{vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(a))),
-           vreinterpretq_s32_u32(vmovl_high_u16(a)),
-           vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(b))),
-           vreinterpretq_s32_u32(vmovl_high_u16(b))}};
+  switch (j) {
+    case 0:
+      return vreinterpretq_s16_u16(vandq_u16(x, low));
+    case 1:
+      return vreinterpretq_s16_u16(vandq_u16(vshrq_n_u16(x, 4), low));
+    case 2:
+      return vreinterpretq_s16_u16(vandq_u16(vshrq_n_u16(x, 8), low));
+    default:
+      return vreinterpretq_s16_u16(vshrq_n_u16(x, 12));
+  }
 }
-inline I32 sub_end(I32 acc, Dot4 d, I32 sub) {
-  SLMOPS_QUARTERS(I32, vmlaq_s32(acc.q[i], d.q[i], sub.q[i]));
+inline SubScales sub_scales(const uint8_t* p, int j) {
+  return {{sub_scales(load_halves(p), j), sub_scales(load_halves(p + 16), j)}};
+}
+inline I32 sub_end(I32 acc, Dot4 d, SubScales sub) {
+  const int16x8_t a = low_halves(d.q[0], d.q[1]), b = low_halves(d.q[2], d.q[3]);
+  return {{vmlal_s16(acc.q[0], vget_low_s16(a), vget_low_s16(sub.q[0])),
+           vmlal_high_s16(acc.q[1], a, sub.q[0]),
+           vmlal_s16(acc.q[2], vget_low_s16(b), vget_low_s16(sub.q[1])),
+           vmlal_high_s16(acc.q[3], b, sub.q[1])}};
+}
+inline int32x4_t dot(int32x4_t acc, Weights w, Codes a, int quad) {
+  // The instruction has its number as an immediate.
+  switch (quad) {
+    case 0:
+      return SLMOPS_LANE_DOT(acc, w, a, 0);
+    case 1:
+      return SLMOPS_LANE_DOT(acc, w, a, 1);
+    case 2:
+      return SLMOPS_LANE_DOT(acc, w, a, 2);
+    default:
+      return SLMOPS_LANE_DOT(acc, w, a, 3);
+  }
+}
+inline Dot4 dot4(Dot4 d, Line u, Codes a, int quad) {
+  SLMOPS_QUARTERS(Dot4, dot(d.q[i], as_weights(u.q[i]), a, quad));
+}
+/// Two quarters at a time, one load: whole lines of nibbles are half of the registers.
+template <int kRows, int kLines>
+inline void dot4_rows(Dot4 (&d)[kRows][kLines], int l, const uint8_t* line, const int8_t* codes,
+                      int64_t stride, int quad) {
+  Codes a[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) a[r] = load_codes(codes + r * stride);
+#pragma GCC unroll 2
+  for (int i = 0; i < 4; i += 2) {
+    const uint8x16_t both[2] = {vld1q_u8(line + 16 * i), vld1q_u8(line + 16 * i + 16)};
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const Weights low = as_weights(vandq_u8(both[j], vdupq_n_u8(15)));
+      const Weights high = as_weights(vshrq_n_u8(both[j], 4));
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) d[r][l].q[i + j] = dot(d[r][l].q[i + j], low, a[r], quad);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r)
+        d[r][l].q[i + j] = dot(d[r][l].q[i + j], high, a[r], quad + 1);
+    }
+  }
+}
+inline Bytes bytes(Line x) { SLMOPS_QUARTERS(Bytes, byte_weights(x.q[i])); }
+inline I32 dot8(I32 acc, Bytes u, Codes a, int quad) {
+  SLMOPS_QUARTERS(I32, dot(acc.q[i], u.q[i], a, quad));
 }
 inline void sums_of_16(const int8_t* codes, int32_t* out) {
   const auto sum = [&](int i) { return vpaddlq_s16(vpaddlq_s8(vld1q_s8(codes + 16 * i))); };
@@ -238,6 +324,9 @@ inline uint8x16_t expand(uint8x16_t u, int32x4_t sub) {
   return vmlaq_u8(vdupq_n_u8(128), vsubq_u8(u, vdupq_n_u8(8)), s);
 }
 inline Line expand(Line u, I32 sub) { SLMOPS_QUARTERS(Line, expand(u.q[i], sub.q[i])); }
+
+#undef SLMOPS_LANE_DOT
+#undef SLMOPS_QUARTERS
 
 }  // namespace
 }  // namespace slmops::SLMOPS_ISA

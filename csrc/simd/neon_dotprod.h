@@ -1,45 +1,103 @@
 // The SIMD contract on NEON with SDOT: 4 products of signed bytes in each of 4 lanes.
 #pragma once
-#include "neon.h"
+#include <arm_neon.h>
+
+#include <cstdint>
 
 namespace slmops::SLMOPS_ISA {
 namespace {
 
+#define SLMOPS_LANE_DOT vdotq_laneq_s32
 constexpr int32_t kDot8Bias = 128;
-constexpr int kExpandRows = 8;
-constexpr bool kPairs = false;
-struct Pairs;
-
-/// Weights as signed bytes.
-struct Bytes {
-  int8x16_t q[4];
-};
-
-/// acc + w * a quad; the instruction has its number as an immediate.
-inline int32x4_t dot(int32x4_t acc, int8x16_t w, Codes a, int quad) {
-  switch (quad) {
-    case 0:
-      return vdotq_laneq_s32(acc, w, a, 0);
-    case 1:
-      return vdotq_laneq_s32(acc, w, a, 1);
-    case 2:
-      return vdotq_laneq_s32(acc, w, a, 2);
-    default:
-      return vdotq_laneq_s32(acc, w, a, 3);
-  }
-}
+using Weights = int8x16_t;
 /// Codes of 4 bits are the same as signed bytes.
-inline Dot4 dot4(Dot4 d, Line u, Codes a, int quad) {
-  SLMOPS_QUARTERS(Dot4, dot(d.q[i], vreinterpretq_s8_u8(u.q[i]), a, quad));
-}
-inline Bytes bytes(Line x) {
-  SLMOPS_QUARTERS(Bytes, vreinterpretq_s8_u8(veorq_u8(x.q[i], vdupq_n_u8(128))));
-}
-inline I32 dot8(I32 acc, Bytes u, Codes a, int quad) {
-  SLMOPS_QUARTERS(I32, dot(acc.q[i], u.q[i], a, quad));
+inline Weights as_weights(uint8x16_t u) { return vreinterpretq_s8_u8(u); }
+inline Weights byte_weights(uint8x16_t u) {
+  return vreinterpretq_s8_u8(veorq_u8(u, vdupq_n_u8(128)));
 }
 
 }  // namespace
 }  // namespace slmops::SLMOPS_ISA
 
-#undef SLMOPS_QUARTERS
+#include "neon.h"
+
+namespace slmops::SLMOPS_ISA {
+namespace {
+
+constexpr bool kBlocks = true;
+/// A q is a row, its lanes are the outputs.
+struct Block {
+  static constexpr int kFactors = 4;
+
+  static void spread(void* out, int pair, uint32_t a, uint32_t b) {
+    uint32_t* p = static_cast<uint32_t*>(out) + 8 * pair;
+    vst1q_u32(p, vdupq_n_u32(a));
+    vst1q_u32(p + 4, vdupq_n_u32(b));
+  }
+  static void store_codes(int8_t* out, int pair, const int8_t* a, const int8_t* b) {
+    memcpy(out + 32 * pair, a, 16);
+    memcpy(out + 32 * pair + 16, b, 16);
+  }
+  static void store_factors(float* out, F32 s) { store(out, s); }
+  static F32 load_factors(const float* p) {
+    const float32x4_t s = vld1q_f32(p);
+    return {{s, s, s, s}};
+  }
+  static F32 load_sums(const float* p, int64_t stride) {
+    return {{vld1q_f32(p), vld1q_f32(p + stride), vld1q_f32(p + 2 * stride),
+             vld1q_f32(p + 3 * stride)}};
+  }
+  static void store_sums(float* p, int64_t stride, F32 x) {
+    for (int i = 0; i < 4; ++i) vst1q_f32(p + i * stride, x.q[i]);
+  }
+
+  static void store_int4(uint8_t* out, int64_t stride, Line first, Line second) {
+    for (int i = 0; i < 4; ++i, out += stride) {
+      vst1q_u8(out, vandq_u8(first.q[i], vdupq_n_u8(15)));
+      vst1q_u8(out + 16, vshrq_n_u8(first.q[i], 4));
+      vst1q_u8(out + 32, vandq_u8(second.q[i], vdupq_n_u8(15)));
+      vst1q_u8(out + 48, vshrq_n_u8(second.q[i], 4));
+    }
+  }
+  static void store_int8(uint8_t* out, int64_t stride, const Line (&line)[4]) {
+    for (int i = 0; i < 4; ++i, out += stride) {
+      for (int j = 0; j < 4; ++j) {
+        vst1q_u8(out + 16 * j, veorq_u8(line[j].q[i], vdupq_n_u8(128)));
+      }
+    }
+  }
+  static void store_sub16(uint8_t* out, int64_t stride, Line first, Line second,
+                          const uint8_t* sub_scales, int j) {
+    const uint8x16_t places = {0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6};
+    const auto scaled = [](uint8x16_t u, uint8x16_t sub) __attribute__((always_inline)) {
+      return vmulq_u8(vsubq_u8(u, vdupq_n_u8(8)), sub);
+    };
+    for (int i = 0; i < 4; ++i, out += stride) {
+      const uint8_t place = static_cast<uint8_t>(8 * (i % 2) + j / 2);
+      const uint8x16_t pairs =
+          vqtbl1q_u8(vld1q_u8(sub_scales + 16 * (i / 2)), vaddq_u8(places, vdupq_n_u8(place)));
+      const uint8x16_t sub = j % 2 == 0 ? vandq_u8(pairs, vdupq_n_u8(15)) : vshrq_n_u8(pairs, 4);
+      vst1q_u8(out, scaled(vandq_u8(first.q[i], vdupq_n_u8(15)), sub));
+      vst1q_u8(out + 16, scaled(vshrq_n_u8(first.q[i], 4), sub));
+      vst1q_u8(out + 32, scaled(vandq_u8(second.q[i], vdupq_n_u8(15)), sub));
+      vst1q_u8(out + 48, scaled(vshrq_n_u8(second.q[i], 4), sub));
+    }
+  }
+
+  static void add(I32 (&sum)[2], const uint8_t* operands, const int8_t* codes) {
+    const int8x16_t w[4] = {load_codes(reinterpret_cast<const int8_t*>(operands)),
+                            load_codes(reinterpret_cast<const int8_t*>(operands) + 16),
+                            load_codes(reinterpret_cast<const int8_t*>(operands) + 32),
+                            load_codes(reinterpret_cast<const int8_t*>(operands) + 48)};
+    const auto row = [&](int32x4_t acc, int r) __attribute__((always_inline)) {
+      const Codes a = load_codes(codes + 16 * r);
+      return dot(dot(dot(dot(acc, w[0], a, 0), w[1], a, 1), w[2], a, 2), w[3], a, 3);
+    };
+    const I32 x = sum[0], y = sum[1];
+    sum[0] = {{row(x.q[0], 0), row(x.q[1], 1), row(x.q[2], 2), row(x.q[3], 3)}};
+    sum[1] = {{row(y.q[0], 4), row(y.q[1], 5), row(y.q[2], 6), row(y.q[3], 7)}};
+  }
+};
+
+}  // namespace
+}  // namespace slmops::SLMOPS_ISA

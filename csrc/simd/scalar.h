@@ -29,18 +29,32 @@ constexpr int kStreamRows = 0;
 /// dot8 computes sum a * (u - kDot8Bias): 0 where the machine takes u as unsigned, 128 where as
 /// signed.
 constexpr int32_t kDot8Bias = 128;
-/// Rows from which sub16 lines (with kPairs all) are expanded to int8 once for all of them; 0:
-/// never (a u8 dot costs more than a u4 dot).
+/// Rows from which sub16 lines are expanded to int8 once for all of them; 0: never (a u8 dot costs
+/// more than a u4 dot).
 constexpr int kExpandRows = 0;
-/// Whether there is a `struct Pairs` of static functions that multiply rows in pairs; lines are
-/// then expanded, of every format, to its operands.
-///     begin(I32& a, I32& b), end(I32& a, I32& b)      sums of two rows to the form of add, and
-///     back store_operands(uint8_t* p, Line low, Line high)  k 0..3 and 4..7 as 128 bytes add(I32&
-///     a, I32& b, const uint8_t* p, Codes x, Codes y, int half)
-///                                                      adds 8 k of operands times half of the
-///                                                      codes
-constexpr bool kPairs = false;
-struct Pairs;
+/// Whether int4 dots are those of dot4_rows, which takes a line from memory for all rows at once:
+///     dot4_rows(Dot4 (&d)[rows][lines], int l, const uint8_t* line, const int8_t* codes,
+///               int64_t stride, int quad)
+/// adds to d[r][l] the low nibbles by `quad` of row r, whose 16 codes are at codes + r * stride,
+/// and the high ones by the next.
+constexpr bool kDotsByRows = false;
+/// Whether more than kMaxRows rows go in blocks of 8 rows x 4 outputs: 32 lanes, 2 vectors, in an
+/// order of the set's own. Each 4 rows are a vector, each 2 rows half of one, a *pair*. `struct
+/// Block` has static functions for them; 16 k of codes are 128 bytes, of operands 64, also in an
+/// order of its own.
+///     store_codes(int8_t* out, int pair, const int8_t* a, const int8_t* b)  16 codes of its rows
+///     store_int4(uint8_t* out, int64_t stride, Line, Line)  16 k of 4 x 4 outputs, at multiples
+///     store_int8(out, stride, const Line (&)[4])            of the stride
+///     store_sub16(out, stride, Line, Line, const uint8_t* sub_scales, int j)   as expand
+///     add(I32 (&sum)[2], const uint8_t* operands, const int8_t* codes)         16 k
+///     spread(void* out, int pair, uint32_t a, uint32_t b)   to the lanes of its rows; out: 32
+///     lanes store_factors(float* out, F32)   one for each of 16 outputs: kFactors floats for 4 of
+///     them load_factors(const float*)       those of 4 outputs, for each vector of a block
+///     load_sums(const float*, int64_t stride), store_sums(float*, stride, F32)  a vector's rows
+constexpr bool kBlocks = false;
+struct Block;
+/// What start_sum may have added for small_to_f32 to convert the sum; 0 where that is to_f32.
+constexpr int32_t kSumBias = 0;
 /// Vectors of fp32 sums that a block of a float product keeps in registers, a power of two.
 constexpr int kFloatSums = 1;
 /// Asks for the cache line at p, to be read soon.
@@ -169,6 +183,8 @@ inline I32 load_i32(const int32_t* p) {
   SLMOPS_LANES(r.v[i] = p[i]);
 }
 inline void store_i32(int32_t* p, I32 x) { memcpy(p, x.v, sizeof(x.v)); }
+/// The same as splat_i32, for what a few sums start from.
+inline I32 start_sum(int32_t x) { return splat_i32(x); }
 /// Sign-extends 16 int16 from any address.
 inline I32 load_i16(const uint8_t* p) {
   int16_t h[16];
@@ -222,6 +238,8 @@ inline F32 to_f32(I32 a) {
   F32 r;
   SLMOPS_LANES(r.v[i] = static_cast<float>(a.v[i]));
 }
+/// The same of x - kSumBias, which is below 2^22.
+inline F32 small_to_f32(I32 x) { return to_f32(x); }
 /// Nearest integer, ties to even; |x| < 2^22.
 inline I32 round(F32 a) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: the sum's last bit is worth 1

@@ -105,8 +105,11 @@ def tests() -> None:
 
 
 def cost() -> None:
-    """What cost.py counts the instructions of."""
+    """What cost.py counts the instructions of: our kernels, and those of a peer."""
     program("cost", ["tests/cpp/testing.cpp", "tests/cpp/rows.cpp", "tools/arm/cost.cpp"])
+    build = Build()
+    build.add("tools/arm/peer.cpp", setup.BASELINE_FLAGS)
+    build.link(ARM / "tests" / "peer", ["-ldl"])
 
 
 def extension() -> Path:

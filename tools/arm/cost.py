@@ -1,8 +1,9 @@
-"""The cost of the hot loops on AArch64: executed instructions, and llvm-mca's predicted cycles.
+"""Cost of the hot loops on AArch64: executed instructions, and llvm-mca's predicted cycles.
 
 One call of a kernel runs under emulation, which logs the address of every instruction executed; the
 instructions of the row, in the order of execution, are then what llvm-mca simulates. Loads are
-taken to hit the first-level cache. A prediction, not a measurement.
+taken to hit the first-level cache. A prediction, not a measurement. The same of KleidiAI's products
+inside torch's wheel, whose rows and weights were packed before.
 
 usage: tools/arm/cost.py [ROW KERNEL M]   without arguments: the tables of docs/performance.md
 """
@@ -13,25 +14,37 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ARM = ROOT / ".arm"
-PROGRAM = ARM / "tests" / "cost"
+PROGRAM, PEER = ARM / "tests" / "cost", ARM / "tests" / "peer"
 LLVM = ARM / "llvm" / "usr" / "lib"
+TORCH = ARM / "site" / "torch" / "lib"
 CPUS = ["neoverse-n1", "neoverse-n2", "neoverse-v1", "neoverse-v2", "apple-m1"]
-K, OUTPUTS, KEYS, DIM = 1024, 32, 256, 64  # as in cost.cpp
+K, OUTPUTS, KEYS, DIM = 1024, 32, 256, 64  # as in cost.cpp and peer.cpp
 
 # (row, kernel, rows of activations)
 LINEAR = [
     (row, kernel, m)
     for kernel in ("int4-sub16", "int4-g32", "int4-g128", "int8-g32", "int8-g128")
-    for row, m in (("neon_dotprod", 1), ("neon_dotprod", 16), ("neon_i8mm", 16))
+    for row, m in (
+        ("neon_dotprod", 1),
+        ("neon_dotprod", 16),
+        ("neon_i8mm", 16),
+        ("neon_i8mm", 64),
+    )
 ]
 ATTENTION = [("neon_dotprod", "attention", m) for m in (1, 16)]
 I8MM_CPUS = CPUS[1:4]
+KLEIDI = "kai_run_matmul_clamp_f32_qai8dxp"
+PEERS = [
+    ("KleidiAI, dot products", f"{KLEIDI}1x8_qsi4c32p8x8_1x8x32_neon_dotprod", 1, CPUS),
+    ("KleidiAI, i8mm", f"{KLEIDI}4x8_qsi4c32p8x8_4x8x32_neon_i8mm", 16, I8MM_CPUS),
+]
 
 
 @dataclass(frozen=True)
@@ -47,10 +60,11 @@ def output(*command: str | Path, **options: object) -> str:
 
 
 @cache
-def listing() -> dict[int, str]:
-    """The program's instructions by address."""
-    text = output("aarch64-linux-gnu-objdump", "--disassemble", "--no-show-raw-insn", PROGRAM)
-    lines = re.findall(r"^\s+([0-9a-f]+):\t(.+)$", text, re.MULTILINE)
+def listing(program: Path, begin: int, end: int) -> dict[int, str]:
+    """A program's instructions by address."""
+    limits = [f"--start-address={begin:#x}", f"--stop-address={end:#x}"]
+    command = ["aarch64-linux-gnu-objdump", "--disassemble", "--no-show-raw-insn", *limits]
+    lines = re.findall(r"^\s+([0-9a-f]+):\t(.+)$", output(*command, program), re.MULTILINE)
     return {int(address, 16): line for address, line in lines}
 
 
@@ -62,25 +76,24 @@ def row_range(row: str) -> tuple[int, int]:
     return min(mine), next(end for end in ends if end > max(mine))
 
 
-def trace(row: str, kernel: str, m: int) -> list[int]:
-    """Addresses of the row's instructions, as executed."""
-    begin, end = row_range(row)
+def trace(begin: int, end: int, *command: str | Path) -> list[int]:
+    """Addresses in [begin, end) of the instructions that a program executes."""
     log = ARM / "trace.log"
     emulator = [ARM / "qemu-aarch64", "-cpu", "max", "-one-insn-per-tb", "-d", "exec,nochain"]
     emulator += ["-dfilter", f"{begin:#x}+{end - begin:#x}", "-D", log]
-    output(*emulator, PROGRAM, row, kernel, str(m))
+    output(*emulator, *command)
     return [int(a, 16) for a in re.findall(r"^Trace .*/([0-9a-f]{16})/", log.read_text(), re.M)]
 
 
-def assembly(addresses: list[int]) -> str:
+def assembly(addresses: list[int], lines: dict[int, str]) -> str:
     """The text of instructions, with targets that llvm-mca can read."""
-    lines = []
+    text = []
     for address in addresses:
-        line = re.sub(r"\s*(<.*>)?\s*(//.*)?$", "", listing()[address])
+        line = re.sub(r"\s*(<.*>)?\s*(//.*)?$", "", lines[address])
         if re.match(r"(b|bl|b\.\w+|cbn?z|tbn?z|adrp?)\t", line):
             line = re.sub(r"[0-9a-f]+$", ".", line)
-        lines.append(line)
-    return "\n".join(lines) + "\n"
+        text.append(line)
+    return "\n".join(text) + "\n"
 
 
 def predicted(text: str, cpu: str) -> int:
@@ -97,9 +110,33 @@ def predicted(text: str, cpu: str) -> int:
 
 
 def cost(row: str, kernel: str, m: int, cpus: list[str]) -> Cost:
-    addresses = trace(row, kernel, m)
-    text = assembly(addresses)
+    begin, end = row_range(row)
+    addresses = trace(begin, end, PROGRAM, row, kernel, str(m))
+    text = assembly(addresses, listing(PROGRAM, begin, end))
     return Cost(len(addresses), {cpu: predicted(text, cpu) for cpu in cpus})
+
+
+def peer_costs() -> Iterator[tuple[str, str, int, Cost]]:
+    """KleidiAI's (kernel, name, M, cost) for groups of 32 and 128; one load of torch for all."""
+    library = TORCH / "libtorch_cpu.so"
+    symbols = output("aarch64-linux-gnu-nm", "-D", "--defined-only", library).splitlines()
+    places = {name: int(address, 16) for address, _, name in (s.split() for s in symbols)}
+    calls = [(name, run, m, cpus, g) for name, run, m, cpus in PEERS for g in (32, 128)]
+    words = [word for _, run, m, _, g in calls for word in (run, str(m), str(g))]
+    environment = f"LD_LIBRARY_PATH={TORCH}"
+    start: list[str | Path] = ["-E", environment, "-L", ARM / "root", PEER, *words]
+    # The library lies where its file says, moved by what the first entry says.
+    entries = output(ARM / "qemu-aarch64", "-cpu", "max", *start).split()
+    moved = int(entries[0], 16) - places[calls[0][1]]
+    theirs = sorted(place for name, place in places.items() if name.startswith("kai_"))
+    begin, end = theirs[0], theirs[-1] + 0x2000
+    addresses = [a - moved for a in trace(begin + moved, end + moved, *start)]
+    lines = listing(library, begin, end)
+    firsts = [i for i, a in enumerate(addresses) if a in {places[run] for _, run, *_ in calls}]
+    for call, i, j in zip(calls, firsts, [*firsts[1:], len(addresses)], strict=True):
+        name, _, m, cpus, group = call
+        text = assembly(addresses[i:j], lines)
+        yield f"int4-g{group}", name, m, Cost(j - i, {cpu: predicted(text, cpu) for cpu in cpus})
 
 
 def main() -> None:
@@ -112,6 +149,8 @@ def main() -> None:
     for row, kernel, m in LINEAR:
         cpus = I8MM_CPUS if row == "neon_i8mm" else CPUS
         show(row, kernel, m, cost(row, kernel, m, cpus), K * OUTPUTS * m / 64)
+    for kernel, name, m, found in peer_costs():
+        show(name, kernel, m, found, K * OUTPUTS * m / 64)
     for row, kernel, m in ATTENTION:
         show(row, kernel, m, cost(row, kernel, m, CPUS), 2 * KEYS * DIM * m / 64)
 
