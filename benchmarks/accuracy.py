@@ -220,6 +220,25 @@ def calibrated(table: Table) -> None:
         table.optimized(f"{name}, calibrated", calibration=batches, **options)
 
 
+def rotation(table: Table) -> None:
+    table.head("With a rotated residual stream")
+    rotated = torch_slmops.rotate(copy.deepcopy(table.original))
+    table.row("float32, rotated", rotated)
+    per_token = {"act_group": -1}
+    for name, options in (
+        ("int4 sub16", {}),
+        ("int4 sub16, float activations", {"activations": "float"}),
+        ("int4 sub16, activations per token", per_token),
+        ("int4 group 128", {"group_size": 128}),
+        ("int8 group 32", {"weights": "int8"}),
+        ("int8 per output, activations per token", {**WEIGHTS["int8 per output"], **per_token}),
+    ):
+        table.optimized(f"{name}, rotated", rotated, **options)
+    if table.calibration is not None:
+        batches = table.calibration.split(8)
+        table.optimized("int4 sub16, rotated, calibrated", rotated, calibration=batches)
+
+
 def llama_cpp(table: Table) -> None:
     table.head("llama.cpp itself")
     try:
@@ -297,6 +316,7 @@ RUN = {
     "head": head,
     "activations": activations,
     "calibrated": calibrated,
+    "rotation": rotation,
     "gguf": gguf,
     "llama.cpp": llama_cpp,
     "budget": budget,

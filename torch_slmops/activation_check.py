@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch_slmops.formats import Format
 from torch_slmops.weights import default_act_group
 
-__all__ = ["Layers", "input_noise", "suited_formats"]
+__all__ = ["Layers", "input_noise", "random_ids", "suited_formats"]
 
 # int4 weights make some 20 to 30 dB of noise of their own, int8 ones 45 and their activations 40.
 # Measured (docs/accuracy.md, massive activations): at 32 dB in many layers the divergence of int4
@@ -67,7 +67,7 @@ def suited_formats(
         By key, for those layers: the format with activation groups of 32 inputs if that
         does, else with float activations.
     """
-    example = _random_ids(model) if example is None else example
+    example = random_ids(model) if example is None else example
     found: dict[nn.Module, Format] = {}
     if example is None:
         return found
@@ -94,7 +94,7 @@ def suited_formats(
     return found
 
 
-def _random_ids(model: nn.Module) -> Tensor | None:
+def random_ids(model: nn.Module) -> Tensor | None:
     """A start token and random ones, for models of transformers that take token ids and no more."""
     config = getattr(model, "config", None)
     size = getattr(config, "vocab_size", None)
