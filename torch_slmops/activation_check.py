@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_slmops import ops
 from torch_slmops.formats import Format
-from torch_slmops.weights import default_act_group
+from torch_slmops.modules import Linear, PackedModule
+from torch_slmops.packed_rows import GateUp, Rows
+from torch_slmops.weights import QuantizedWeight, default_act_group
 
-__all__ = ["Layers", "input_noise", "random_ids", "suited_formats"]
+__all__ = ["Layers", "input_noise", "random_ids", "refine", "suited_formats"]
 
 # int4 weights make some 20 to 30 dB of noise of their own, int8 ones 45 and their activations 40.
 # Measured (docs/accuracy.md, massive activations): at 32 dB in many layers the divergence of int4
@@ -78,7 +81,7 @@ def suited_formats(
         if group in done or not isinstance(x, Tensor):
             return
         done.add(group)
-        better = _better(group, x.detach())
+        better = _better(group.format, x.detach(), group.weight())
         if better is not None:
             found[group.key] = better
 
@@ -117,10 +120,52 @@ def _call(model: nn.Module, example: Any) -> None:
         _logger.info("optimize: activations not looked at: %s", error)
 
 
-def _better(group: Layers, x: Tensor) -> Format | None:
-    """A format whose activations are fine enough, or None if that of the group is."""
-    how, most = group.format, MOST_NOISE[group.format.bits]
-    weight = group.weight()
+def refine(model: nn.Module) -> int:
+    """Does for a model that is packed already what `suited_formats` does for one that will be.
+
+    It looks at the inputs that the packed layers get, which hooks keep from being fused meanwhile,
+    and the weights that their codes stand for. The codes stay; only how activations are rounded
+    changes.
+
+    Returns:
+        The number of weights that are packed anew.
+    """
+    example = random_ids(model)
+    if example is None:
+        return 0
+    found: dict[int, Tensor] = {}  # by address of the packed weight
+
+    def see(source: Linear | GateUp, module: nn.Module, args: tuple[Any, ...]) -> None:
+        address = source.packed.data_ptr()
+        if address in found or not args or ops.describe(source.packed).activations != "int8":
+            return
+        found[address] = source.packed
+        weight = QuantizedWeight.unpack(source.packed)
+        kind = "group" if weight.sub_scale is None else "sub16"
+        how = Format(weight.bits, kind, weight.group_size, True, None, "int8")
+        better = _better(how, args[0].detach(), source.dequantize(torch.float32))
+        if better is not None:
+            found[address] = better.pack(weight)
+
+    with torch.no_grad(), ExitStack() as stack:
+        for module in list(model.modules()):
+            source = module._source if isinstance(module, Rows) else module
+            if isinstance(source, Linear | GateUp):
+                handle = module.register_forward_pre_hook(partial(see, source))
+                stack.callback(handle.remove)
+        _call(model, example)
+    changed = 0
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            better = found.get(module.packed.data_ptr(), module.packed)
+            changed += better is not module.packed
+            module.packed = better
+    return changed
+
+
+def _better(how: Format, x: Tensor, weight: Tensor) -> Format | None:
+    """A format whose activations are fine enough for the inputs x, or None if `how` is."""
+    most = MOST_NOISE[how.bits]
     size = how.act_group or default_act_group(how.bits, how.group_size, weight.shape[1])
     if not bool(input_noise(x, weight, size) > most):  # a NaN has nothing to be saved
         return None

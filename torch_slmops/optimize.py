@@ -28,6 +28,7 @@ from torch_slmops.processes import uninterrupted
 from torch_slmops.progress import progress_bar
 from torch_slmops.stack import link_runs
 from torch_slmops.survey import Patterns, Site, check_model, chooser, find_sites, weight_key
+from torch_slmops.twin import twin
 from torch_slmops.weights import FLOAT_DTYPES, QuantizedWeight, resolve_scales
 from torch_slmops.windows import Texts
 
@@ -159,8 +160,17 @@ def optimize(
             )
         if max_kl is not None:
             pieces = pieces_of(_by_weight(work.alone), work.blocks)
+            arguments = (formats, include, exclude, fuse, strict)
             found = budget.choose(
-                model, pieces, max_kl, texts, tokenizer, batches, measurements, progress
+                model,
+                pieces,
+                max_kl,
+                partial(_finished, model, arguments),
+                texts,
+                tokenizer,
+                batches,
+                measurements,
+                progress,
             )
             codes.formats, codes.packed = found.formats, found.packed
         elif activations is None and act_group is None and fixed is None:
@@ -192,6 +202,27 @@ def optimize(
     count = len(work.todo)
     _logger.info("optimize: packed %d layers, fused %d blocks", count, len(work.blocks))
     return model
+
+
+def _finished(
+    model: nn.Module,
+    arguments: tuple[Any, ...],
+    formats: dict[nn.Module, _Format],
+    packed: dict[nn.Module, Tensor],
+) -> nn.Module:
+    """What `optimize` makes of a model with these formats; the model stays as it is.
+
+    `arguments`: those of `plan_work`.
+    """
+    made, others = twin(model)
+    work = plan_work(made, *arguments)
+    codes = Codes(
+        {others[module]: weight for module, weight in packed.items()},
+        {others[module]: how for module, how in formats.items()},
+    )
+    carry_out(made, work, codes, lambda count: None)
+    use_own_attention(made)
+    return made
 
 
 @dataclass(frozen=True)
