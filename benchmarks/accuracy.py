@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import torch_slmops
 from benchmarks import encoder
 from benchmarks.llama_cpp import LlamaCpp
+from benchmarks.recorded import recorded
 from torch_slmops.evaluate import Evaluation
 from torch_slmops.plot import plot_kl
 
@@ -159,6 +160,7 @@ class Table:
     ) -> None:
         self.original, self.texts, self.tokenizer = original, texts, tokenizer
         self.calibration, self.folder, self.engines = calibration, folder, engines
+        self.reference = recorded(original, texts) if isinstance(texts, torch.Tensor) else original
         self.found: dict[str, Evaluation] = {}
 
     def head(self, title: str) -> None:
@@ -169,7 +171,7 @@ class Table:
     def row(self, name: str, model: nn.Module, size: int | None = None) -> Evaluation:
         found = torch_slmops.evaluate(
             model,
-            self.original,
+            self.reference,
             texts=self.texts,
             tokenizer=self.tokenizer,
             layers=False,

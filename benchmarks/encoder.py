@@ -97,7 +97,7 @@ def embeddings(model: nn.Module, tokenizer: Any, sentences: Sequence[str]) -> Te
     """Mean of the tokens' states, of length 1: [sentences, width]."""
     batch = tokenizer(list(sentences), padding=True, return_tensors="pt")
     with torch.inference_mode():
-        states = model(**batch).last_hidden_state
+        states = model(**batch).last_hidden_state.float()
     kept = batch["attention_mask"][..., None]
     return nn.functional.normalize((states * kept).sum(1) / kept.sum(1), dim=-1)
 

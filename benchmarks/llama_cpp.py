@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.engines.registry import BY_NAME
+from benchmarks.recorded import BATCH, Recorded
 
 SCRIPT = Path(__file__).parent / "engines" / "llama_cpp_logits.py"
-BATCH = 8
 
 
 def mean_squares(model: nn.Module, windows: Tensor) -> dict[str, np.ndarray]:
@@ -41,25 +41,6 @@ def mean_squares(model: nn.Module, windows: Tensor) -> dict[str, np.ndarray]:
         for batch in windows.split(BATCH):
             model(batch)
     return {name: (total / windows.numel()).float().numpy() for name, total in sums.items()}
-
-
-class Recorded(nn.Module):
-    """A model that has said what it says: the logits of known windows.
-
-    Args:
-        windows: Token ids, int64 [C, T].
-        logits: [C, T, V].
-    """
-
-    def __init__(self, windows: Tensor, logits: np.ndarray) -> None:
-        super().__init__()
-        self._rows = {ids.numpy().tobytes(): i for i, ids in enumerate(windows)}
-        self._logits = logits
-        self.eval()
-
-    def forward(self, ids: Tensor) -> Tensor:
-        rows = [self._rows[row.numpy().tobytes()] for row in ids.contiguous()]
-        return torch.from_numpy(self._logits[rows])
 
 
 class LlamaCpp:
