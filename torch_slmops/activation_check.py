@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch_slmops import ops
 from torch_slmops.formats import Format
 from torch_slmops.modules import Linear, PackedModule
-from torch_slmops.packed_rows import GateUp, Rows
+from torch_slmops.packed_rows import GateUp, Rows, interleaved_rows
+from torch_slmops.weight_view import dequantize
 from torch_slmops.weights import QuantizedWeight, default_act_group
 
 __all__ = ["Layers", "input_noise", "random_ids", "refine", "suited_formats"]
@@ -32,6 +33,7 @@ __all__ = ["Layers", "input_noise", "random_ids", "refine", "suited_formats"]
 MOST_NOISE = {4: 10**-3.4, 8: 10**-3.6}
 _SHAPE = (1, 48)
 _ROWS = 64
+_OUTPUTS = 2048
 _FALLBACK = 32
 _logger = logging.getLogger("torch_slmops")
 
@@ -51,8 +53,10 @@ class Layers:
     format: Format
 
     def weight(self) -> Tensor:
+        """The rows of the weight that are looked at."""
         weights = [module._parameters["weight"] for module in self.modules]
-        return torch.cat([weight.detach().float() for weight in weights if weight is not None])
+        whole = torch.cat([weight.detach() for weight in weights if weight is not None])
+        return whole[:: _every(len(whole))].float()
 
 
 def suited_formats(
@@ -137,15 +141,14 @@ def refine(model: nn.Module) -> int:
 
     def see(source: Linear | GateUp, module: nn.Module, args: tuple[Any, ...]) -> None:
         address = source.packed.data_ptr()
-        if address in found or not args or ops.describe(source.packed).activations != "int8":
+        header = ops.describe(source.packed)
+        if address in found or not args or header.activations != "int8":
             return
         found[address] = source.packed
-        weight = QuantizedWeight.unpack(source.packed)
-        kind = "group" if weight.sub_scale is None else "sub16"
-        how = Format(weight.bits, kind, weight.group_size, True, None, "int8")
-        better = _better(how, args[0].detach(), source.dequantize(torch.float32))
+        how = Format(header.bits, header.scale_kind, header.group_size, True, None, "int8")
+        better = _better(how, args[0].detach(), _some_rows(source))
         if better is not None:
-            found[address] = better.pack(weight)
+            found[address] = better.pack(QuantizedWeight.unpack(source.packed))
 
     with torch.no_grad(), ExitStack() as stack:
         for module in list(model.modules()):
@@ -161,6 +164,21 @@ def refine(model: nn.Module) -> int:
             changed += better is not module.packed
             module.packed = better
     return changed
+
+
+def _every(rows: int) -> int:
+    return -(-rows // _OUTPUTS)
+
+
+def _some_rows(source: Linear | GateUp) -> Tensor:
+    """Those that `Layers.weight` gives, of what the codes stand for."""
+    if isinstance(source, GateUp):
+        rows = interleaved_rows(source.hidden)
+    else:
+        rows = torch.arange(source.out_features)
+    rows = rows[:: _every(len(rows))]
+    shape = (len(rows), source.in_features)
+    return dequantize(source.packed, shape, torch.float32, rows, source.perm)
 
 
 def _better(how: Format, x: Tensor, weight: Tensor) -> Format | None:
