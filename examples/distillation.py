@@ -12,7 +12,8 @@ from accuracy import HELD_OUT
 from quickstart import MODEL
 from torch import Tensor
 from tqdm import tqdm
-from train_tiny_llama import MAX_FILE_BYTES, SKIP_STDLIB, WINDOW, Tokens, windows
+from train_tiny_llama import MAX_FILE_BYTES, SKIP_STDLIB
+from training import WINDOW, Tokens, windows
 from transformers import AutoTokenizer, PreTrainedModel
 
 _WARM_UP = 0.05  # the share of all steps

@@ -180,10 +180,10 @@ def test_shipped_model_meets_its_budget(original: Any, measured: Path, max_kl: f
     assert found is not None
     assert 0.8 * max_kl < found.measured.value <= max_kl
     assert abs(found.predicted - found.measured.value) < 0.3 * max_kl
-    # The fused model is what was measured, up to int8 codes that roundings flip.
+    # What was measured is the finished model; `evaluate` adds up in another order.
     again = evaluate(model, original, texts=texts, progress=False)
     assert again.kl_mean is not None
-    assert abs(again.kl_mean.value - found.measured.value) < 0.05 * max_kl
+    assert abs(again.kl_mean.value - found.measured.value) < 1e-6
     # Other text of the same kind: the budget is met there up to its uncertainty.
     other = evaluate(model, original, texts=quickstart.held_out_tokens()[1::8], progress=False)
     assert other.kl_mean is not None
@@ -226,7 +226,7 @@ def test_other_families(family: str) -> None:
     assert any("experts" in choice.name for choice in found.choices) == (family == "qwen3_moe")
     kl = evaluate(model, original, texts=TEXTS, progress=False).kl_mean
     assert kl is not None
-    assert abs(kl.value - found.measured.value) < 1e-4
+    assert abs(kl.value - found.measured.value) < 1e-6
     assert model.generate(TEXTS[:1, :3], max_new_tokens=2, do_sample=False).shape == (1, 5)
 
 

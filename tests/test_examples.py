@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import re
 import runpy
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +20,11 @@ import torch_slmops
 
 transformers = pytest.importorskip("transformers")
 
-from examples import quickstart, train_tiny_llama  # noqa: E402
+import train_tiny_llama  # noqa: E402
+import train_tiny_qwen3  # noqa: E402
+import training  # noqa: E402
+
+from examples import quickstart  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,12 +125,15 @@ def test_readme_example_runs(
     assert "def __eq__(self, other):" in capsys.readouterr().out
 
 
+TRAINED = ("model.safetensors", "tokenizer.json", "val_tokens.npy", "calibration_tokens.npy")
+
+
 def test_training_script_makes_a_model_that_loads(tmp_path: Path) -> None:
     arguments = ["--steps", "6", "--batch-size", "1", "--max-files", "100", "--threads", "1"]
     losses = [train_tiny_llama.main([str(tmp_path / run), *arguments]) for run in "ab"]
     assert losses[0] == losses[1]
-    assert losses[0] < math.log(train_tiny_llama.VOCABULARY)  # better than every token alike
-    for name in ("model.safetensors", "tokenizer.json", "val_tokens.npy"):
+    assert losses[0] < math.log(training.VOCABULARY)  # better than every token alike
+    for name in TRAINED:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
@@ -135,3 +145,50 @@ def test_training_script_makes_a_model_that_loads(tmp_path: Path) -> None:
     held_out = np.load(tmp_path / "a" / "val_tokens.npy")
     assert held_out.dtype == np.int64
     assert held_out.shape == (64, 256)
+
+
+@pytest.fixture
+def manuals(tmp_path: Path) -> Path:
+    """Archives like those that train_tiny_qwen3 reads, each with two manuals and another file."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for archive, pattern in train_tiny_qwen3.MANUALS.items():
+        with tarfile.open(folder / archive, "w:gz") as tar:
+            for name in (pattern.replace("*", "a"), pattern.replace("*", "b/c"), "other.py"):
+                words = " ".join(f"{name} {i * i}" for i in range(200)).encode()
+                member = tarfile.TarInfo(name)
+                member.size = len(words)
+                tar.addfile(member, io.BytesIO(words))
+    return folder
+
+
+def test_interrupted_training_goes_on(
+    manuals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = train_tiny_qwen3.manuals(manuals)
+    assert len(texts) == 4
+    assert not any("other.py" in text for text in texts)
+    arguments = ["--text", str(manuals), "--steps", "5", "--batch-size", "1", "--threads", "1"]
+    arguments += ["--save-every", "2"]
+    train_tiny_qwen3.main([str(tmp_path / "whole"), *arguments])
+
+    out, loss_of = tmp_path / "parts", training.loss_of
+    calls = iter(range(4))
+
+    def cut_off(*given: Any) -> torch.Tensor:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return loss_of(*given)
+
+    monkeypatch.setattr(training, "loss_of", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny_qwen3.main([str(out), *arguments])
+    monkeypatch.setattr(training, "loss_of", loss_of)
+    with pytest.raises(ValueError, match="delete it"):
+        train_tiny_qwen3.main([str(out), *arguments, "--batch-size", "2"])
+    train_tiny_qwen3.main([str(out), *arguments])
+    for name in TRAINED:
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (out / "checkpoint.pt").exists()
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.model_type == "qwen3"

@@ -313,6 +313,18 @@ class TestOtherDtypes:
         )
 
 
+def _readers(layer: Any) -> list[tuple[Any, list[Any]]]:
+    """The norms of a decoder layer whose outputs linear layers read, with these layers."""
+    attention, mlp = layer.self_attn, layer.mlp
+    if hasattr(attention, "qkv_proj"):
+        first, second = [attention.qkv_proj], [mlp.gate_up_proj]
+    else:
+        first = [attention.q_proj, attention.k_proj, attention.v_proj]
+        second = [mlp.gate_proj, mlp.up_proj]
+    middle = getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm)
+    return [(layer.input_layernorm, first), (middle, second)]
+
+
 class TestStream:
     """What is special about quantizing while loading."""
 
@@ -328,6 +340,24 @@ class TestStream:
             auto(folder, quantization_config=SlmopsConfig(strict=True))
         with pytest.raises(ValueError, match="expected patterns"):
             auto(folder, quantization_config=SlmopsConfig(include="nothing.*"))
+
+    @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
+    def test_inputs_with_outliers(self, family: str, tmp_path: Path) -> None:
+        model = small(family)
+        with torch.no_grad():
+            for layer in model.model.layers:  # of all the readers' inputs, and of no output
+                for norm, readers in _readers(layer):
+                    norm.weight[5] *= 2.0**9
+                    for reader in readers:
+                        reader.weight[:, 5] /= 2.0**9
+        model.save_pretrained(tmp_path)
+        want = optimize(auto(tmp_path, family))
+        got = auto(tmp_path, family, quantization_config=SlmopsConfig())
+        assert "float activations" in str(report(want))
+        assert str(report(got)) == str(report(want))
+        assert_same_bits(logits(got, IDS), logits(want, IDS))
+        plain = auto(tmp_path, family, quantization_config=SlmopsConfig(activations="int8"))
+        assert "float activations" not in str(report(plain))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_dtype_that_is_asked_for(self, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch_slmops.optimize import optimize
 from torch_slmops.processes import watch_forks
 from torch_slmops.recipe import SavedModelError
 from torch_slmops.report import report
+from torch_slmops.rotate import rotate
 from torch_slmops.save_load import load, save
 from torch_slmops.weights import QuantizedWeight, quantize_weight
 
@@ -45,6 +46,7 @@ __all__ = [
     "register_attention",
     "register_family",
     "report",
+    "rotate",
     "save",
     "set_isa",
 ]

@@ -18,10 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_slmops import ops
 from torch_slmops.formats import Format
-from torch_slmops.weights import default_act_group
+from torch_slmops.modules import Linear, PackedModule
+from torch_slmops.packed_rows import GateUp, Rows, interleaved_rows
+from torch_slmops.weight_view import dequantize
+from torch_slmops.weights import QuantizedWeight, default_act_group
 
-__all__ = ["Layers", "input_noise", "suited_formats"]
+__all__ = ["Layers", "input_noise", "random_ids", "refine", "suited_formats"]
 
 # int4 weights make some 20 to 30 dB of noise of their own, int8 ones 45 and their activations 40.
 # Measured (docs/accuracy.md, massive activations): at 32 dB in many layers the divergence of int4
@@ -29,6 +33,7 @@ __all__ = ["Layers", "input_noise", "suited_formats"]
 MOST_NOISE = {4: 10**-3.4, 8: 10**-3.6}
 _SHAPE = (1, 48)
 _ROWS = 64
+_OUTPUTS = 2048
 _FALLBACK = 32
 _logger = logging.getLogger("torch_slmops")
 
@@ -48,8 +53,10 @@ class Layers:
     format: Format
 
     def weight(self) -> Tensor:
+        """The rows of the weight that are looked at."""
         weights = [module._parameters["weight"] for module in self.modules]
-        return torch.cat([weight.detach().float() for weight in weights if weight is not None])
+        whole = torch.cat([weight.detach() for weight in weights if weight is not None])
+        return whole[:: _every(len(whole))].float()
 
 
 def suited_formats(
@@ -67,7 +74,7 @@ def suited_formats(
         By key, for those layers: the format with activation groups of 32 inputs if that
         does, else with float activations.
     """
-    example = _random_ids(model) if example is None else example
+    example = random_ids(model) if example is None else example
     found: dict[nn.Module, Format] = {}
     if example is None:
         return found
@@ -78,7 +85,7 @@ def suited_formats(
         if group in done or not isinstance(x, Tensor):
             return
         done.add(group)
-        better = _better(group, x.detach())
+        better = _better(group.format, x.detach(), group.weight())
         if better is not None:
             found[group.key] = better
 
@@ -94,7 +101,7 @@ def suited_formats(
     return found
 
 
-def _random_ids(model: nn.Module) -> Tensor | None:
+def random_ids(model: nn.Module) -> Tensor | None:
     """A start token and random ones, for models of transformers that take token ids and no more."""
     config = getattr(model, "config", None)
     size = getattr(config, "vocab_size", None)
@@ -117,10 +124,66 @@ def _call(model: nn.Module, example: Any) -> None:
         _logger.info("optimize: activations not looked at: %s", error)
 
 
-def _better(group: Layers, x: Tensor) -> Format | None:
-    """A format whose activations are fine enough, or None if that of the group is."""
-    how, most = group.format, MOST_NOISE[group.format.bits]
-    weight = group.weight()
+def refine(model: nn.Module) -> int:
+    """Does for a model that is packed already what `suited_formats` does for one that will be.
+
+    It looks at the inputs that the packed layers get, which hooks keep from being fused meanwhile,
+    and the weights that their codes stand for. The codes stay; only how activations are rounded
+    changes.
+
+    Returns:
+        The number of weights that are packed anew.
+    """
+    example = random_ids(model)
+    if example is None:
+        return 0
+    found: dict[int, Tensor] = {}  # by address of the packed weight
+
+    def see(source: Linear | GateUp, module: nn.Module, args: tuple[Any, ...]) -> None:
+        address = source.packed.data_ptr()
+        header = ops.describe(source.packed)
+        if address in found or not args or header.activations != "int8":
+            return
+        found[address] = source.packed
+        how = Format(header.bits, header.scale_kind, header.group_size, True, None, "int8")
+        better = _better(how, args[0].detach(), _some_rows(source))
+        if better is not None:
+            found[address] = better.pack(QuantizedWeight.unpack(source.packed))
+
+    with torch.no_grad(), ExitStack() as stack:
+        for module in list(model.modules()):
+            source = module._source if isinstance(module, Rows) else module
+            if isinstance(source, Linear | GateUp):
+                handle = module.register_forward_pre_hook(partial(see, source))
+                stack.callback(handle.remove)
+        _call(model, example)
+    changed = 0
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            better = found.get(module.packed.data_ptr(), module.packed)
+            changed += better is not module.packed
+            module.packed = better
+    return changed
+
+
+def _every(rows: int) -> int:
+    return -(-rows // _OUTPUTS)
+
+
+def _some_rows(source: Linear | GateUp) -> Tensor:
+    """Those that `Layers.weight` gives, of what the codes stand for."""
+    if isinstance(source, GateUp):
+        rows = interleaved_rows(source.hidden)
+    else:
+        rows = torch.arange(source.out_features)
+    rows = rows[:: _every(len(rows))]
+    shape = (len(rows), source.in_features)
+    return dequantize(source.packed, shape, torch.float32, rows, source.perm)
+
+
+def _better(how: Format, x: Tensor, weight: Tensor) -> Format | None:
+    """A format whose activations are fine enough for the inputs x, or None if `how` is."""
+    most = MOST_NOISE[how.bits]
     size = how.act_group or default_act_group(how.bits, how.group_size, weight.shape[1])
     if not bool(input_noise(x, weight, size) > most):  # a NaN has nothing to be saved
         return None

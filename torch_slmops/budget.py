@@ -7,16 +7,16 @@
 3. The chosen model is measured on all windows, and the limit of step 2 corrected by what was found
    there, until the KL of a choice is just within the budget.
 
-All of it runs in the float model, with packed layers in the places of its own. Fused blocks give
-the same up to the rounding of float32 operations, which flips an int8 code now and then: the KL of
-the finished model differs from the measured one by some hundredths of it, less than its interval.
+Step 1 runs in the float model, with packed layers in the places of its own, step 3 in a finished
+model, with its fused blocks, that is made for each choice: the KL that the report shows is that of
+the model that `optimize` gives, to the bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,13 @@ from torch_slmops.formats import CANDIDATES, Candidate, Format
 from torch_slmops.measurements import Measurements, fingerprint
 from torch_slmops.pieces import Maker, Piece
 from torch_slmops.progress import progress_bar
-from torch_slmops.trial import Forwards, Trials, divergence, replaced
+from torch_slmops.trial import Trials, divergence
 from torch_slmops.windows import Texts, Window, batched, logits_of, make_windows
 
 __all__ = ["Budget", "Choice", "Chosen", "choose"]
+
+# A packed model from formats and calibrated weights, both by first module.
+Finish: TypeAlias = Callable[[dict[nn.Module, Format], dict[nn.Module, Tensor]], nn.Module]
 
 PROBE_WINDOW = 128
 PROBES = 4  # windows that single pieces are measured on
@@ -84,6 +87,7 @@ def choose(
     model: nn.Module,
     pieces: list[Piece],
     max_kl: float,
+    finish: Finish,
     texts: Texts,
     tokenizer: Any,
     batches: list[Batch] | None = None,
@@ -96,6 +100,7 @@ def choose(
         model: A float model in eval mode.
         pieces: What to choose formats for.
         max_kl: The budget, in nats per token.
+        finish: Makes what `optimize` would make of the model; the model stays as it is.
         texts: To measure on; see `windows.Texts`.
         tokenizer: For texts.
         batches: Calibration batches: the codes of all candidates are chosen for them.
@@ -116,7 +121,8 @@ def choose(
         store = Measurements(measurements, fingerprint(model, pieces, probe, batches))
         options = _measure(model, pieces, probe, maker, store, progress)
         with progress_bar(0, progress, "verifying") as advance:
-            search = _Search(model, pieces, options, maker, _Reference(model, windows), advance)
+            reference = _Reference(model, windows)
+            search = _Search(pieces, options, maker, reference, finish, advance)
             return search.run(max_kl)
 
 
@@ -175,8 +181,8 @@ class _Reference:
         self._kept: dict[int, Tensor] = {}
         self._room = _KEPT_LOGITS
 
-    def kl(self, forwards: Forwards) -> Estimate:
-        """The mean KL to the model with other `forwards`."""
+    def kl(self, other: nn.Module) -> Estimate:
+        """The mean KL to another model."""
         sums, counts = [], []
         for b, members in enumerate(self.batches):
             ids = torch.stack([self.windows[i].ids for i in members])
@@ -186,9 +192,7 @@ class _Reference:
                 if reference.numel() <= self._room:
                     self._room -= reference.numel()
                     self._kept[b] = reference
-            with replaced(forwards):
-                logits = logits_of(self.model, ids)
-            sums += divergence(reference, logits)
+            sums += divergence(reference, logits_of(other, ids))
             counts += [ids.shape[1]] * len(ids)
         return mean_of_chunks(sums, counts)
 
@@ -198,17 +202,16 @@ class _Search:
 
     def __init__(
         self,
-        model: nn.Module,
         pieces: list[Piece],
         options: list[list[_Option]],
         maker: Maker,
         reference: _Reference,
+        finish: Finish,
         advance: Callable[[int], object],
     ) -> None:
-        self.model, self.pieces, self.options = model, pieces, options
-        self.maker, self.reference, self.advance = maker, reference, advance
+        self.pieces, self.options, self.maker = pieces, options, maker
+        self.reference, self.finish, self.advance = reference, finish, advance
         self._measured: dict[tuple[int, ...], Estimate] = {}
-        self._made: dict[Piece, tuple[int, Forwards]] = {}
 
     def run(self, max_kl: float) -> Chosen:
         costs = [[option.kl for option in row] for row in self.options]
@@ -239,15 +242,22 @@ class _Search:
     def measure(self, choice: tuple[int, ...]) -> Estimate:
         """The KL of the whole in these formats."""
         if choice not in self._measured:
-            forwards: dict[nn.Module, Callable[..., Any]] = {}
-            for piece, row, i in zip(self.pieces, self.options, choice, strict=True):
-                if self._made.get(piece, (-1,))[0] != i:
-                    made = self.maker.make(piece, row[i].candidate.format)
-                    self._made[piece] = i, made.forwards
-                forwards.update(self._made[piece][1])
-            self._measured[choice] = self.reference.kl(forwards)
+            self._measured[choice] = self.reference.kl(self.finish(*self._codes(choice)))
             self.advance(1)
         return self._measured[choice]
+
+    def _codes(
+        self, choice: tuple[int, ...]
+    ) -> tuple[dict[nn.Module, Format], dict[nn.Module, Tensor]]:
+        """Formats, and weights that were calibrated for them, by first module."""
+        rows = zip(self.pieces, self.options, choice, strict=True)
+        formats = {piece.first: row[i].candidate.format for piece, row, i in rows}
+        packed = {
+            first: self.maker.packed[first, how.codes]
+            for first, how in formats.items()
+            if (first, how.codes) in self.maker.packed
+        }
+        return formats, packed
 
     def _price(self, choice: tuple[int, ...]) -> float:
         return sum(row[i].price for row, i in zip(self.options, choice, strict=True))
@@ -274,12 +284,6 @@ class _Search:
 
     def _chosen(self, choice: tuple[int, ...], max_kl: float) -> Chosen:
         rows = [row[i] for row, i in zip(self.options, choice, strict=True)]
-        formats = {p.first: row.candidate.format for p, row in zip(self.pieces, rows, strict=True)}
-        packed = {
-            first: self.maker.packed[first, how.codes]
-            for first, how in formats.items()
-            if (first, how.codes) in self.maker.packed
-        }
         choices = tuple(
             Choice(piece.name, row.name, row.bytes, row.kl)
             for piece, row in zip(self.pieces, rows, strict=True)
@@ -287,4 +291,4 @@ class _Search:
         predicted = sum(row.kl for row in rows)
         tokens = self.reference.tokens
         budget = Budget(max_kl, predicted, self.measure(choice), tokens, choices)
-        return Chosen(formats, packed, budget)
+        return Chosen(*self._codes(choice), budget)

@@ -17,11 +17,13 @@ __all__ = [
     "note_budget",
     "note_left",
     "note_options",
+    "note_rotated",
     "note_saved",
     "options_of",
+    "was_rotated",
 ]
 
-_BUDGET = "_slmops_budget"
+_BUDGET, _ROTATED = "_slmops_budget", "_slmops_rotated"
 _LEFT, _OPTIONS = "_slmops_left", "_slmops_options"
 
 
@@ -48,6 +50,16 @@ def budget_of(model: nn.Module) -> Budget | None:
     """Returns how a budget was spent, if that was noted."""
     found: Budget | None = vars(model).get(_BUDGET)
     return found
+
+
+def note_rotated(model: nn.Module) -> None:
+    """Leaves a note for `report`: the residual stream was rotated."""
+    vars(model)[_ROTATED] = True
+
+
+def was_rotated(model: nn.Module) -> bool:
+    """Returns whether the residual stream was rotated, as far as that was noted."""
+    return bool(vars(model).get(_ROTATED))
 
 
 def note_options(model: nn.Module, options: Mapping[str, Any]) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+from functools import partial
 from typing import Any, Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from torch_slmops import budget, foreign
 from torch_slmops.activation_check import suited_formats
@@ -15,11 +16,13 @@ from torch_slmops.adopt import adopted
 from torch_slmops.attention import use_own_attention
 from torch_slmops.calibrate import calibrate, make_batches
 from torch_slmops.carry_out import Codes, carry_out
+from torch_slmops.formats import Format
 from torch_slmops.notes import note_budget, note_left, note_options
 from torch_slmops.pieces import pieces_of
 from torch_slmops.plan import by_weight, layers_of, make_formats, plan_work, units_of
 from torch_slmops.progress import progress_bar
 from torch_slmops.survey import Patterns, check_model, listed, spelled
+from torch_slmops.twin import twin
 from torch_slmops.windows import Texts
 
 __all__ = ["optimize"]
@@ -148,8 +151,17 @@ def optimize(
             )
         if max_kl is not None:
             pieces = pieces_of(by_weight(work.alone), work.blocks)
+            arguments = (formats, include, exclude, fuse, strict)
             found = budget.choose(
-                model, pieces, max_kl, texts, tokenizer, batches, measurements, progress
+                model,
+                pieces,
+                max_kl,
+                partial(_finished, model, arguments),
+                texts,
+                tokenizer,
+                batches,
+                measurements,
+                progress,
             )
             codes.formats, codes.packed = found.formats, found.packed
         elif activations is None and act_group is None and fixed is None:
@@ -181,6 +193,27 @@ def optimize(
     count = len(work.todo)
     _logger.info("optimize: packed %d layers, fused %d blocks", count, len(work.blocks))
     return model
+
+
+def _finished(
+    model: nn.Module,
+    arguments: tuple[Any, ...],
+    formats: dict[nn.Module, Format],
+    packed: dict[nn.Module, Tensor],
+) -> nn.Module:
+    """What `optimize` makes of a model with these formats; the model stays as it is.
+
+    `arguments`: those of `plan_work`.
+    """
+    made, others = twin(model)
+    work = plan_work(made, *arguments)
+    codes = Codes(
+        {others[module]: weight for module, weight in packed.items()},
+        {others[module]: how for module, how in formats.items()},
+    )
+    carry_out(made, work, codes, lambda count: None)
+    use_own_attention(made)
+    return made
 
 
 def _check_budget(max_kl: Any, formats_are_unnamed: bool, others_are_named: bool) -> None:

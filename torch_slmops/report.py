@@ -16,7 +16,7 @@ from torch_slmops.fuse import looks_like_a_block
 from torch_slmops.fused import Fused, FusedAttention
 from torch_slmops.isa import isa
 from torch_slmops.modules import Embedding, PackedModule
-from torch_slmops.notes import budget_of, left_of
+from torch_slmops.notes import budget_of, left_of, was_rotated
 from torch_slmops.packed_rows import Rows
 from torch_slmops.stack import connects_only
 from torch_slmops.survey import Site, find_sites
@@ -107,6 +107,7 @@ class Report:
         not_portable: Classes of modules, with their numbers, that compute by other code than the
             ops of this package; their results may differ between CPUs.
         budget: What `optimize(max_kl=...)` chose, predicted and measured; else None.
+        rotated: Whether `rotate` was here before; a model that was saved does not know.
     """
 
     model: str
@@ -119,6 +120,7 @@ class Report:
     bytes_after: int
     not_portable: tuple[tuple[str, int], ...]
     budget: Budget | None = None
+    rotated: bool = False
 
     @property
     def bit_portable(self) -> bool:
@@ -152,6 +154,8 @@ class Report:
             )
         if self.budget is not None:
             lines += _budget_lines(self.budget)
+        if self.rotated:
+            lines += ["", "residual stream rotated before (torch_slmops.rotate)"]
         smaller = self.bytes_before / max(self.bytes_after, 1)
         before, after = _mb(self.bytes_before), _mb(self.bytes_after)
         lines += [
@@ -204,6 +208,7 @@ def report(model: nn.Module) -> Report:
         bytes_after,
         tuple(others.items()),
         budget_of(model),
+        was_rotated(model),
     )
 
 

@@ -2,7 +2,8 @@
 
 What `optimize` would do is planned on the skeleton, whose weights are on the meta device. As soon
 as all tensors of a layer or of a fused block are there, it is packed, and they are let go. What
-needs the whole model (tied weights, norms, rotary tables) is left for the end.
+needs the whole model (tied weights, norms, rotary tables) is left for the end. So is the look at
+the activations, which then are those of the packed model.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torch_slmops.activation_check import refine
 from torch_slmops.attention import use_own_attention
 from torch_slmops.carry_out import Codes, carry_out
 from torch_slmops.fuse import TABLES, Block, Left
@@ -150,6 +152,9 @@ class Stream:
             work = plan_work(model, self._formats, **self._names(), strict=False)
             with progress_bar(work.size, True, "packing weights") as advance:
                 carry_out(model, work, Codes(), advance)
+        if self._options["activations"] is None and self._options["act_group"] is None:
+            refine(model)
+        self._options["activations"] = self._options["activations"] or "int8"  # as `optimize` notes
         if self._chosen["fuse"]:
             use_own_attention(model)
             # Only rotary tables could not be judged before; others may hold packed layers by now.
