@@ -224,9 +224,13 @@ class FusedMLP(Fused):
 
 
 class FusedAttention(Fused):
-    """Attention whose q, k and v come from the op `qkv_rotary`; the rest is as it was."""
+    """Attention whose q, k and v come from the op `qkv_rotary`; the rest is as it was.
+
+    `slmops_kv_cache` is the dtype that keys and values are kept in, None for their own.
+    """
 
     slmops: AttentionSpec
+    slmops_kv_cache: str | None = None
 
     def describe(self) -> str:
         spec = self.slmops
@@ -236,6 +240,8 @@ class FusedAttention(Fused):
             words.append("norms of q and k")
         if spec.rotary_width:
             words.append("rotary" + (" interleaved" if spec.row.rotary == "interleaved" else ""))
+        if self.slmops_kv_cache is not None:
+            words.append(f"{self.slmops_kv_cache} keys and values")
         return ", ".join(words)
 
     def _projections(self) -> tuple[str, ...]:
@@ -266,7 +272,7 @@ class FusedAttention(Fused):
         if cache is not None and not torch.compiler.is_compiling():
             from torch_slmops.cache import layer_of
 
-            layer_of(cache, read(self, "layer_idx"))  # which makes it grow in place
+            layer_of(cache, read(self, "layer_idx"), self.slmops_kv_cache)  # grows in place then
         q, k, v = self.project(x, tables)
         consumed = (*_OWN, spec.cache, *spec.row.drops)
         rest = {name: kwargs[name] for name in kwargs if name not in consumed}

@@ -1,5 +1,6 @@
 // Heads of q, k and v from fp32 scratch: norm, rotary embedding, one rounding.
 #pragma once
+#include "int8_heads.h"
 #include "rms_norm.h"
 #include "rotary.h"
 
@@ -23,6 +24,20 @@ inline void scatter_key(const uint8_t* x, int64_t d, int64_t slot, uint8_t* plac
   for (int64_t e = 0; e < d; ++e) memcpy(to + e * kKeyBlock * kBytes, x + e * kBytes, kSize);
 }
 
+/// A finished head into slot `slot` of a cache that is not plain; `place`: of blocks of keys.
+inline void place_head(const HeadsArgs& args, const HeadsOut& to, const uint8_t* x, int64_t b,
+                       int64_t head, int64_t slot, uint8_t* place) {
+  if (to.layout == HeadsLayout::key_blocks) {
+    if (size_of(args.type) == 2) return scatter_key<2>(x, args.d, slot, place);
+    return scatter_key<4>(x, args.d, slot, place);
+  }
+  const Int8View& out = to.int8;
+  uint8_t* codes = out.codes + b * out.batch_stride + head * out.head_stride;
+  const bool values = to.layout == HeadsLayout::int8_values;
+  out.scale[b * out.scale_batch_stride + head * out.scale_head_stride + slot] =
+      store_int8_head(x, args.type, args.d, slot, values, codes);
+}
+
 /// Heads [begin, end) of part `part` (0: q, 1: k, 2: v) of one row, at x.
 inline void finish_part(const HeadsArgs& args, int part, int64_t row, int64_t begin, int64_t end,
                         const Angles& angles, float* x) {
@@ -32,23 +47,20 @@ inline void finish_part(const HeadsArgs& args, int part, int64_t row, int64_t be
   if (width > d) rms_norm_row(args.norm[part], x, DType::f32, x, DType::f32, width);
   const HeadsOut& to = args.out[part];
   const int64_t l = row % args.length, size = size_of(args.type);
-  alignas(64) uint8_t key[kMostKeyElements * sizeof(float)];
-  const int64_t at = row / args.length * to.batch_stride + (to.blocked ? 0 : l * to.length_stride);
-  for (int64_t head = begin; head < end; ++head, x += d) {
-    uint8_t* place = static_cast<uint8_t*>(to.data) + (at + head * to.head_stride) * size;
-    uint8_t* out = to.blocked ? key : place;
+  const bool plain = to.layout == HeadsLayout::plain;
+  alignas(64) uint8_t finished[kMostKeyElements * sizeof(float)];
+  const int64_t b = row / args.length;
+  const int64_t at = b * to.batch_stride + (plain ? l * to.length_stride : 0);
+  for (; begin < end; ++begin, x += d) {
+    uint8_t* place = static_cast<uint8_t*>(to.data) + (at + begin * to.head_stride) * size;
+    uint8_t* out = plain ? place : finished;
     if (width == d) rms_norm_row(args.norm[part], x, DType::f32, x, DType::f32, d);
     if (rotated && angles.r > 0) {
       rotate_head(angles, args.interleaved, x, DType::f32, out, args.type, d);
     } else {
       convert(x, DType::f32, out, args.type, d);
     }
-    if (!to.blocked) continue;
-    if (size == 2) {
-      scatter_key<2>(key, d, to.first_slot + l, place);
-    } else {
-      scatter_key<4>(key, d, to.first_slot + l, place);
-    }
+    if (!plain) place_head(args, to, finished, b, begin, to.first_slot + l, place);
   }
 }
 

@@ -1,0 +1,75 @@
+// From raw products of a query with a split's keys to p = exp(s - max), their max and their sum.
+#pragma once
+#include "attention_inputs.h"
+
+namespace slmops::SLMOPS_ISA {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+
+/// Raw products to scores: factor, softcap, additive mask, and -inf where a row may not see.
+inline void mask_scores(const AttentionArgs& args, const Item& item, int64_t row, int64_t first,
+                        Range blocks, float factor, const Workspace& w, float* s) {
+  const F32 scale = splat(factor), cap = splat(args.softcap), low = splat(-kInfinity);
+  for (int64_t i = blocks.begin; i < blocks.end; i += kLanes) {
+    F32 x = load(s + i) * scale;
+    if (args.softcap > 0.0f) x = tanh(x / cap) * cap;
+    store(s + i, x);
+  }
+  const int64_t begin = w.begin[row], end = w.end[row];
+  if (args.mask != nullptr && args.mask_is_bool) {
+    const uint8_t* seen = mask_row(args, item, row);
+    for (int64_t i = begin; i < end; ++i) s[i] = seen[first + i] != 0 ? s[i] : -kInfinity;
+  } else if (args.mask != nullptr) {
+    const DType type = args.mask_type;
+    const uint8_t* bias = mask_row(args, item, row) + (first + begin) * size_of(type);
+    for_lanes(end - begin, [&](int64_t i, auto lanes) {
+      const F32 x = load_lanes(DType::f32, s + begin, i, lanes);
+      const F32 add = load_lanes(type, bias, i, lanes);
+      const F32 sum = select(add < splat(-0x1.fffffep+127f), low, x + add);
+      store_lanes(DType::f32, s + begin, i, sum, lanes);
+    });
+  }
+  const int64_t from = begin < end ? begin : blocks.end;
+  for (int64_t i = blocks.begin; i < from; ++i) s[i] = -kInfinity;
+  for (int64_t i = begin < end ? end : from; i < blocks.end; ++i) s[i] = -kInfinity;
+}
+
+/// Lanes joined by `op`, which may be of any order.
+template <class Op>
+SLMOPS_INLINE float across(F32 x, const Op& op) {
+  float lane[kLanes];
+  store(lane, x);
+  for (int i = 1; i < kLanes; ++i) lane[0] = op(lane[0], lane[i]);
+  return lane[0];
+}
+
+/// The largest score, +inf for a NaN.
+inline float largest_score(Range blocks, const float* s) {
+  const F32 high = splat(kInfinity);
+  F32 most = splat(-kInfinity);
+  for (int64_t i = blocks.begin; i < blocks.end; i += kLanes) {
+    const F32 x = load(s + i);
+    most = max(most, select(is_nan(x), high, x));
+  }
+  return across(most, [](float a, float b) { return a > b ? a : b; });
+}
+
+/// Scores to p = exp(s - max) in place, max and sum into `part`; returns whether no p is 0.
+inline bool softmax(Range blocks, float* s, float* part) {
+  const float m = largest_score(blocks, s);
+  part[0] = m;
+  if (m == -kInfinity) return true;
+  F32 sums = splat(0.0f), least = splat(kInfinity);
+  for (int64_t i = blocks.begin; i < blocks.end; i += kLanes) {
+    const F32 p = exp(load(s + i) - splat(m));
+    store(s + i, p);
+    sums = sums + p;
+    least = min(p, least);
+  }
+  part[1] = reduce16(sums);
+  return across(least, [](float a, float b) { return a < b ? a : b; }) > 0.0f;
+}
+
+}  // namespace
+}  // namespace slmops::SLMOPS_ISA
