@@ -2,9 +2,9 @@
 
 Each row is a format of the same trained model, compared by `torch_slmops.evaluate` with float32
 on the model's held-out tokens (`val_tokens.npy` beside it, else the built-in texts); the interval
-of the divergence is the 95 % one. Sections: weights, head, activations, gguf, budget, massive.
-`gguf` needs the package of that name: llama.cpp's Q4_0 and Q8_0 as its numpy code quantizes them,
-dequantized, and evaluated here with float activations.
+of the divergence is the 95 % one. Sections: weights, head, activations, keys, gguf, budget,
+massive. `gguf` needs the package of that name: llama.cpp's Q4_0 and Q8_0 as its numpy code
+quantizes them, dequantized, and evaluated here with float activations.
 """
 
 from __future__ import annotations
@@ -161,6 +161,22 @@ def activations(table: Table) -> None:
             table.optimized(f"{kind}, {name}", **options, **more)
 
 
+def keys_and_values(table: Table) -> None:
+    table.head("Keys and values")
+    for name, options in (("int4 sub16", {}), ("int8 group 32", {"weights": "int8"})):
+        table.optimized(f"{name}, bf16 model", _bf16(table.original), **options)
+        table.optimized(
+            f"{name}, bf16 model, int8 keys and values",
+            _bf16(table.original),
+            kv_cache="int8",
+            **options,
+        )
+
+
+def _bf16(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).to(torch.bfloat16)
+
+
 def gguf(table: Table) -> None:
     table.head("llama.cpp's formats, float activations")
     for name, layers, head in (
@@ -212,6 +228,7 @@ RUN = {
     "weights": weights,
     "head": head,
     "activations": activations,
+    "keys": keys_and_values,
     "gguf": gguf,
     "budget": budget,
     "massive": massive_activations,

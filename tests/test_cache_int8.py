@@ -51,7 +51,9 @@ def test_any_sequence_of_calls(seed: int) -> None:
                 assert_same_bits(found[1].contiguous(), theirs.values, what)
             else:
                 parts, start = ours.reserve_int8(k, v)
-                for x, codes, scale, kind in zip((k, v), parts, parts[2:], (False, True)):
+                for x, codes, scale, kind in zip(
+                    (k, v), parts[:2], parts[2:], (False, True), strict=True
+                ):
                     ops.store_int8_(x.transpose(1, 2), codes, scale, start, kind)
                 ours.advance(length)
         elif action == "reorder":
@@ -178,6 +180,9 @@ def test_whole_layers_give_the_bits_of_their_parts(
     assert sum(calls.layers) == 6
     own = steps(model, seen, torch_slmops.Cache(model.config, dtype="int8"))
     assert_same_bits(own, whole, "a cache handed in")
+    without = logits(model, tokens(2, 9), attention_mask=seen, use_cache=False)
+    if mask == "none":
+        assert_same_bits(without, whole, "no cache")
     floats = steps(model, seen, torch_slmops.Cache(model.config))
     assert not torch.equal(floats, whole)
 

@@ -108,8 +108,8 @@ class Layers:
     def _int8(self, floats: Any) -> list[Tensor]:
         """Keys and values of all slots as int8, and their scales."""
         shape = (self.batch, self.slots, self.heads[1], self.d)
-        codes, scales = zip(*(int8_heads(floats(*shape), kind) for kind in (False, True)))
-        return [*codes, *scales]
+        (k, k_scale), (v, v_scale) = (int8_heads(floats(*shape), kind) for kind in (False, True))
+        return [k, v, k_scale, v_scale]
 
     def _weights(self, layer: int, dtype: torch.dtype) -> list[Tensor]:
         fmt, seed = self.formats[layer], 10 * layer

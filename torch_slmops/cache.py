@@ -31,6 +31,7 @@ __all__ = [
     "layer_of",
 ]
 
+
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A `DynamicLayer` that grows in place.
 

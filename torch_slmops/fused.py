@@ -273,6 +273,11 @@ class FusedAttention(Fused):
             from torch_slmops.cache import layer_of
 
             layer_of(cache, read(self, "layer_idx"), self.slmops_kv_cache)  # grows in place then
+        elif cache is None and self.slmops_kv_cache is not None:
+            from torch_slmops.cache import Cache
+
+            # Rounded all the same: a cache does not change what a model computes.
+            cache = Cache(dtype=self.slmops_kv_cache)
         q, k, v = self.project(x, tables)
         consumed = (*_OWN, spec.cache, *spec.row.drops)
         rest = {name: kwargs[name] for name in kwargs if name not in consumed}

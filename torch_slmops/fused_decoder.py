@@ -316,10 +316,13 @@ class _Slots:
     @classmethod
     def of(cls, call: _Call, attentions: list[Any]) -> _Slots | None:
         """None where the op cannot use the cache."""
-        if call.cache is None:
+        if call.cache is None and attentions[0].slmops_kv_cache is None:
             return cls([], [], torch.tensor(0))
-        from torch_slmops.cache import GrowingLayer, Int8Layer, layer_of
+        from torch_slmops.cache import Cache, GrowingLayer, Int8Layer, layer_of
 
+        cache = call.cache
+        if cache is None:  # rounded all the same: a cache does not change what a model computes
+            cache = Cache(dtype=attentions[0].slmops_kv_cache)
         layers: list[Any] = []
         tensors: list[Tensor] = []
         starts: list[Any] = []
@@ -328,7 +331,7 @@ class _Slots:
         shape = (call.x.shape[0], spec.heads[1], call.x.shape[1], spec.head_dim)
         states = call.x.new_empty(1).expand(shape)
         for attention in attentions:
-            layer = layer_of(call.cache, attention.layer_idx, attention.slmops_kv_cache)
+            layer = layer_of(cache, attention.layer_idx, attention.slmops_kv_cache)
             if isinstance(layer, Int8Layer):
                 parts, start = layer.reserve_int8(states, states)
             elif isinstance(layer, GrowingLayer):

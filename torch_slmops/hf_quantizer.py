@@ -20,8 +20,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from torch_slmops import memory
-from torch_slmops.dequantize import dequantize
 from torch_slmops.attention import check_kv_cache
+from torch_slmops.dequantize import dequantize
 from torch_slmops.files import Checkpoint, check
 from torch_slmops.notes import note_saved
 from torch_slmops.optimize import make_formats

@@ -51,11 +51,11 @@ inline void split_rows(const AttentionArgs& args, const Item& item, int64_t firs
   with_rows(count, [&](auto rows) {
     constexpr int kRows = decltype(rows)::value;
     const Range keys = whole_blocks({seen.begin + k.shift, seen.end + k.shift});
-    key_products<kRows>(w.q + row * args.d, k, args.d, keys.begin, keys.end, w.scores);
+    key_products<kRows>(w.q + row * args.d, k, args.d, keys.begin, keys.end, args.scale, w.scores);
     bool positive = true;
     for (int64_t i = 0; i < count; ++i) {
       float* s = w.scores + i * kScoreStride;
-      mask_scores(args, item, row + i, first, blocks, args.scale, w, s);
+      mask_scores(args, item, row + i, first, blocks, w, s);
       positive &= softmax(blocks, s, w.parts + i * w.part);
     }
     float* out = w.parts + kLanes;

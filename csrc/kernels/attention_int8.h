@@ -70,13 +70,14 @@ SLMOPS_INLINE void add_dots(const int8_t* codes, int64_t stride, const uint8_t* 
   }
 }
 
-/// scores[row][j - shift] = dots of q and k times the scale of k, for slots j in [begin, end),
-/// whole blocks.
+/// scores[row][j - shift] = dots of q and k times the scale of k and the factor of q, for slots j
+/// in [begin, end), whole blocks.
 template <int kRows>
 inline void int8_key_products(const Int8Split& both, int64_t row, int64_t begin, int64_t end,
                               const Workspace& w) {
   const int8_t* q = w.int8.q + row * kCodeStride;
   const int32_t* preset = w.int8.preset + row;
+  const float* factor = w.int8.factor + row;
   const int64_t width = both.width;
   for_vectors<vectors_of(kRows)>(begin, end, [&](int64_t i, auto vectors) {
     constexpr int kVectors = decltype(vectors)::value;
@@ -94,7 +95,8 @@ inline void int8_key_products(const Int8Split& both, int64_t row, int64_t begin,
       const F32 scale = load(w.int8.k_scale + position + j * kLanes);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        store(w.scores + r * kScoreStride + position + j * kLanes, to_f32(sum[r][j]) * scale);
+        store(w.scores + r * kScoreStride + position + j * kLanes,
+              to_f32(sum[r][j]) * scale * splat(factor[r]));
       }
     }
   });
@@ -106,18 +108,22 @@ inline int32_t int8_softmax(Range blocks, const float* v_scale, float* s, float*
   const float m = largest_score(blocks, s);
   part[0] = m;
   if (m == -kInfinity) return 0;
+  if (m == kInfinity) {
+    part[1] = __builtin_nanf("");
+    return kInfinityBits;
+  }
   const F32 zero = splat(0.0f);
   F32 sums = zero;
   I32 most = splat_i32(0);
   for (int64_t i = blocks.begin; i < blocks.end; i += kLanes) {
-    const F32 p = exp(load(s + i) - splat(m));
+    const F32 p = exp_inside(max(load(s + i) - splat(m), splat(-104.0f)));  // no NaN, none above 0
     sums = sums + p;
     const F32 weight = select(zero < p, p * load(v_scale + i), zero);
     store(s + i, weight);
     most = max(most, bits_of(weight) & splat_i32(0x7fffffff));
   }
   part[1] = reduce16(sums);
-  return m == kInfinity ? kInfinityBits : reduce_max(most);
+  return reduce_max(most);
 }
 
 /// The codes of weights in 0 .. those of `most_bits`, at slots: position plus shift.
@@ -197,7 +203,7 @@ inline void int8_split_rows(const AttentionArgs& args, const Item& item, int64_t
     int8_key_products<kRows>(both, row, slots.begin, slots.end, w);
     for (int64_t i = 0; i < count; ++i) {
       float* s = w.scores + i * kScoreStride;
-      mask_scores(args, item, row + i, first, blocks, w.int8.factor[row + i], w, s);
+      mask_scores(args, item, row + i, first, blocks, w, s);
       const int32_t most = int8_softmax(blocks, w.int8.v_scale, s, w.parts + i * w.part);
       round_weights(blocks, slots, both.shift, most, s, i, w.int8);
     }

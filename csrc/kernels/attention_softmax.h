@@ -7,14 +7,13 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 
-/// Raw products to scores: factor, softcap, additive mask, and -inf where a row may not see.
+/// Products times their factors to scores: softcap, additive mask, and -inf where a row may not
+/// see.
 inline void mask_scores(const AttentionArgs& args, const Item& item, int64_t row, int64_t first,
-                        Range blocks, float factor, const Workspace& w, float* s) {
-  const F32 scale = splat(factor), cap = splat(args.softcap), low = splat(-kInfinity);
-  for (int64_t i = blocks.begin; i < blocks.end; i += kLanes) {
-    F32 x = load(s + i) * scale;
-    if (args.softcap > 0.0f) x = tanh(x / cap) * cap;
-    store(s + i, x);
+                        Range blocks, const Workspace& w, float* s) {
+  const F32 cap = splat(args.softcap), low = splat(-kInfinity);
+  for (int64_t i = blocks.begin; i < blocks.end && args.softcap > 0.0f; i += kLanes) {
+    store(s + i, tanh(load(s + i) / cap) * cap);
   }
   const int64_t begin = w.begin[row], end = w.end[row];
   if (args.mask != nullptr && args.mask_is_bool) {

@@ -41,7 +41,7 @@ def attention(
 
     Arguments and result as there.
     """
-    batch, queries, heads, d = q.shape
+    batch, queries, heads, _ = q.shape
     products = _int8_products if k_scale is not None else _float_products
     product = products(q, k, v, scale, k_scale, v_scale)
     keys = product.keys
