@@ -218,9 +218,9 @@ def test_error_is_that_of_int8_values(scores: float, sink: bool) -> None:
 
     Against float64 with q, k and v as their codes have them, what is left is the rounding of p. Per
     key of a split it is uniform in half a unit of p_max / 16383, times |v|; the rounding of v is
-    uniform in half a unit of amax / 127, about 2.5 |v| / 127, times p. Where keys have equal p, that
-    is a ratio of 127 / (2.5 * 16383) = 1 / 320; where one has nearly all of p, the others' first
-    error stays and their second one goes: sqrt(256) / 320 = 1 / 20.
+    uniform in half a unit of amax / 127, about 2.5 |v| / 127, times p. Where keys have equal p,
+    that is a ratio of 127 / (2.5 * 16383) = 1 / 320; where one has nearly all of p, the others'
+    first error stays and their second one goes: sqrt(256) / 320 = 1 / 20.
     """
     source = torch.Generator().manual_seed(7)
     q, k, v = (torch.randn(1, 512, 2, 64, generator=source) for _ in range(3))

@@ -21,6 +21,7 @@ from torch_slmops.cache import GrowingLayer, GrowingSlidingWindowLayer, Int8Laye
 from torch_slmops.int8_tensor import Int8Tensor
 
 layers = pytest.importorskip("transformers.cache_utils")
+KEPT = [family for family in DECODERS if family != "mistral"]  # all of whose layers slide
 
 
 def rounded(x: Tensor, values: bool) -> Tensor:
@@ -162,7 +163,7 @@ def steps(model: Any, mask: Tensor, cache: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", KEPT)
 def test_whole_layers_give_the_bits_of_their_parts(
     family: str, mask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

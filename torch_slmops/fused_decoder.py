@@ -316,13 +316,14 @@ class _Slots:
     @classmethod
     def of(cls, call: _Call, attentions: list[Any]) -> _Slots | None:
         """None where the op cannot use the cache."""
-        if call.cache is None and attentions[0].slmops_kv_cache is None:
+        dtype = None if torch.compiler.is_compiling() else attentions[0].slmops_kv_cache
+        if call.cache is None and dtype is None:
             return cls([], [], torch.tensor(0))
         from torch_slmops.cache import Cache, GrowingLayer, Int8Layer, layer_of
 
         cache = call.cache
         if cache is None:  # rounded all the same: a cache does not change what a model computes
-            cache = Cache(dtype=attentions[0].slmops_kv_cache)
+            cache = Cache(dtype=dtype)
         layers: list[Any] = []
         tensors: list[Tensor] = []
         starts: list[Any] = []
@@ -331,7 +332,7 @@ class _Slots:
         shape = (call.x.shape[0], spec.heads[1], call.x.shape[1], spec.head_dim)
         states = call.x.new_empty(1).expand(shape)
         for attention in attentions:
-            layer = layer_of(cache, attention.layer_idx, attention.slmops_kv_cache)
+            layer = layer_of(cache, attention.layer_idx, dtype)
             if isinstance(layer, Int8Layer):
                 parts, start = layer.reserve_int8(states, states)
             elif isinstance(layer, GrowingLayer):

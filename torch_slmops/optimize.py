@@ -108,7 +108,8 @@ def optimize(
             block that looks like an attention, an MLP or experts.
         kv_cache: "int8" keeps the keys and values of fused attention as int8 with a scale per head
             and token, in half the memory of bf16: in `generate`, in every `DynamicCache`, and where
-            there is no cache, for the same result. Layers with a sliding window keep their dtype.
+            there is no cache, for the same result. Layers with a sliding window keep their dtype,
+            as do static caches and compiled calls.
             `torch_slmops.Cache(dtype="int8")` does it for models that are not fused.
         calibration: Text or batches of what the model will be used for: the codes of linear layers
             are then chosen for the inputs that they get (error feedback, `calibrate`), for the same

@@ -116,13 +116,13 @@ inline int32_t int8_softmax(Range blocks, const float* v_scale, float* s, float*
   F32 sums = zero;
   I32 most = splat_i32(0);
   for (int64_t i = blocks.begin; i < blocks.end; i += kLanes) {
-    const F32 p = exp_inside(max(load(s + i) - splat(m), splat(-104.0f)));  // no NaN, none above 0
+    const F32 p = exp_below(load(s + i) - splat(m));
     sums = sums + p;
     const F32 weight = select(zero < p, p * load(v_scale + i), zero);
     store(s + i, weight);
     most = max(most, bits_of(weight) & splat_i32(0x7fffffff));
   }
-  part[1] = reduce16(sums);
+  part[1] = reduce_add(sums);
   return reduce_max(most);
 }
 

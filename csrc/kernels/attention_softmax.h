@@ -34,15 +34,6 @@ inline void mask_scores(const AttentionArgs& args, const Item& item, int64_t row
   for (int64_t i = begin < end ? end : from; i < blocks.end; ++i) s[i] = -kInfinity;
 }
 
-/// Lanes joined by `op`, which may be of any order.
-template <class Op>
-SLMOPS_INLINE float across(F32 x, const Op& op) {
-  float lane[kLanes];
-  store(lane, x);
-  for (int i = 1; i < kLanes; ++i) lane[0] = op(lane[0], lane[i]);
-  return lane[0];
-}
-
 /// The largest score, +inf for a NaN.
 inline float largest_score(Range blocks, const float* s) {
   const F32 high = splat(kInfinity);
@@ -51,23 +42,32 @@ inline float largest_score(Range blocks, const float* s) {
     const F32 x = load(s + i);
     most = max(most, select(is_nan(x), high, x));
   }
-  return across(most, [](float a, float b) { return a > b ? a : b; });
+  return reduce_max(most);
 }
+
+/// exp(x) for an x that is no NaN and not above 0.
+SLMOPS_INLINE F32 exp_below(F32 x) { return exp_inside(max(x, splat(-104.0f))); }
 
 /// Scores to p = exp(s - max) in place, max and sum into `part`; returns whether no p is 0.
 inline bool softmax(Range blocks, float* s, float* part) {
   const float m = largest_score(blocks, s);
   part[0] = m;
   if (m == -kInfinity) return true;
+  if (m == kInfinity) {  // some p is a NaN, and so is the result
+    const F32 nan = splat(__builtin_nanf(""));
+    for (int64_t i = blocks.begin; i < blocks.end; i += kLanes) store(s + i, nan);
+    part[1] = __builtin_nanf("");
+    return true;
+  }
   F32 sums = splat(0.0f), least = splat(kInfinity);
   for (int64_t i = blocks.begin; i < blocks.end; i += kLanes) {
-    const F32 p = exp(load(s + i) - splat(m));
+    const F32 p = exp_below(load(s + i) - splat(m));
     store(s + i, p);
     sums = sums + p;
     least = min(p, least);
   }
-  part[1] = reduce16(sums);
-  return across(least, [](float a, float b) { return a < b ? a : b; }) > 0.0f;
+  part[1] = reduce_add(sums);
+  return reduce_max(negate(least)) < 0.0f;
 }
 
 }  // namespace
