@@ -56,7 +56,9 @@ def read_int8(
     """
     in_order = codes.transpose(4, 5) if values else codes.transpose(3, 4)
     batch, heads, blocks = codes.shape[:3]
-    plain = in_order.reshape(batch, heads, blocks * _BLOCK, -1)[:, :, : scale.shape[2], :head_dim]
+    width = codes.shape[4] if values else 4 * codes.shape[3]
+    plain = in_order.reshape(batch, heads, blocks * _BLOCK, width)
+    plain = plain[:, :, : scale.shape[2], :head_dim]
     return ((plain.float() - 128.0) * scale[..., None]).to(dtype)
 
 

@@ -49,4 +49,5 @@ def _plain(codes: Tensor, values: bool) -> Tensor:
     """
     in_order = codes.transpose(4, 5) if values else codes.transpose(3, 4)
     batch, heads, blocks = codes.shape[:3]
-    return in_order.reshape(batch, heads, blocks * _BLOCK, -1)
+    width = codes.shape[4] if values else 4 * codes.shape[3]
+    return in_order.reshape(batch, heads, blocks * _BLOCK, width)
