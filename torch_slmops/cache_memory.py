@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from torch_slmops import ops
+from torch_slmops import memory, ops
 from torch_slmops.int8_tensor import Int8Tensor
 
 __all__ = ["LEAST_SLOTS", "BlockedKeys", "Blocks", "Int8Heads", "Memory"]
 
 LEAST_SLOTS = 64
 _BLOCK = 16
+
+
+def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Memory like `like`, in huge pages where it is long: each step reads all of it."""
+    dtype = dtype or like.dtype
+    if like.device.type != "cpu" or torch.compiler.is_compiling():
+        return like.new_empty(shape, dtype=dtype)
+    return memory.empty(math.prod(shape) * dtype.itemsize).view(dtype).view(*shape)
 
 
 class Memory:
@@ -23,7 +34,7 @@ class Memory:
     @classmethod
     def of(cls, states: Tensor, slots: int) -> Memory:
         """Free slots for `states`."""
-        made = cls(states.new_empty(*states.shape[:2], slots, states.shape[3]))
+        made = cls(_empty(states, (*states.shape[:2], slots, states.shape[3])))
         made.stop = 0
         return made
 
@@ -64,7 +75,7 @@ class Memory:
         slots = max(2 * (used + new), LEAST_SLOTS)
         if slots > self.tensor.shape[2]:
             batch, heads, _, width = self.tensor.shape
-            self.tensor = self.tensor.new_empty(batch, heads, slots, width)
+            self.tensor = _empty(self.tensor, (batch, heads, slots, width))
         else:
             kept = kept.clone()
         self.tensor[:, :, :used] = kept
@@ -77,7 +88,7 @@ class Memory:
 
 def _rows(tensor: Tensor, rows: Tensor, used: slice) -> Tensor:
     """Rows of the batch; what is not in `used` is left out."""
-    found = tensor.new_empty(len(rows), *tensor.shape[1:])
+    found = _empty(tensor, (len(rows), *tensor.shape[1:]))
     found[:, :, used] = tensor[:, :, used].index_select(0, rows)
     return found
 
@@ -107,7 +118,7 @@ class Blocks(Memory):
             return
         used, blocks = -(-self.stop // _BLOCK), -(-2 * (self.stop + new) // _BLOCK)
         for i, old in enumerate(self.parts):
-            self.parts[i] = old.new_empty(*old.shape[:2], blocks, *old.shape[3:])
+            self.parts[i] = _empty(old, (*old.shape[:2], blocks, *old.shape[3:]))
             self.parts[i][:, :, :used] = old[:, :, :used]
 
     def reorder(self, rows: Tensor) -> None:
@@ -120,7 +131,7 @@ class BlockedKeys(Blocks):
 
     def __init__(self, states: Tensor, slots: int) -> None:
         batch, heads, _, width = states.shape
-        super().__init__([states.new_empty(batch, heads, -(-slots // _BLOCK), width, _BLOCK)])
+        super().__init__([_empty(states, (batch, heads, -(-slots // _BLOCK), width, _BLOCK))])
 
     def view(self) -> Tensor:
         """A copy, in the order of `keys`."""
@@ -139,8 +150,8 @@ class Int8Heads(Blocks):
     def __init__(self, states: Tensor, slots: int, values: bool) -> None:
         batch, heads, _, self.head_dim = states.shape
         shape = ops.int8_shape(slots, self.head_dim, values)
-        codes = states.new_empty(batch, heads, *shape, dtype=torch.uint8)
-        scale = states.new_empty(batch, heads, shape[0], _BLOCK, dtype=torch.float32)
+        codes = _empty(states, (batch, heads, *shape), torch.uint8)
+        scale = _empty(states, (batch, heads, shape[0], _BLOCK), torch.float32)
         super().__init__([codes, scale])
         self.dtype, self.values = states.dtype, values
 
