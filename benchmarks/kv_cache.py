@@ -20,6 +20,7 @@ from benchmarks.machine import fp32_peak, probe
 from torch_slmops import ops
 from torch_slmops.bench.shapes import MODELS, ModelShape
 from torch_slmops.bench.timing import interleaved
+from torch_slmops.cache import GrowingLayer, Int8Layer
 from torch_slmops.packed_rows import interleave
 from torch_slmops.weights import quantize_weight
 
@@ -45,16 +46,18 @@ def layer_weights(shape: ModelShape) -> list[Tensor]:
 
 
 def caches(shape: ModelShape, keys: int, layers: int) -> dict[str, list[Tensor]]:
-    """The tensors of all layers, with room for a key more."""
-    slots, heads, d = keys + 16, shape.kv_heads, shape.head_dim
+    """The tensors of all layers, with room for a key more, where `torch_slmops.Cache` has them."""
+    slots = keys + 16
+    states = torch.randn(1, shape.kv_heads, slots, shape.head_dim).bfloat16()
     found: dict[str, list[Tensor]] = {"bf16": [], "int8": []}
     for _ in range(layers):
-        found["bf16"].append(torch.randn(1, heads, slots // 16, d, 16).bfloat16())
-        found["bf16"].append(torch.randn(1, heads, slots, d).bfloat16())
-        for values in (False, True):
-            codes = torch.randint(0, 256, (1, heads, *ops.int8_shape(slots, d, values)))
-            found["int8"].append(codes.to(torch.uint8))
-        found["int8"] += [torch.rand(1, heads, slots) / 64 for _ in range(2)]
+        floats, int8 = GrowingLayer(), Int8Layer()
+        keys_and_values = floats.reserve(states, states, blocked=True)[:2]
+        keys_and_values[0][:, :, : slots // 16] = states.unflatten(2, (-1, 16)).transpose(3, 4)
+        keys_and_values[1][:, :, :slots] = states
+        int8.update(states, states)
+        found["bf16"] += keys_and_values
+        found["int8"] += int8.reserve_int8(states[:, :, :0], states[:, :, :0])[0]
     return found
 
 
@@ -62,13 +65,20 @@ def step(
     shape: ModelShape, weights: list[Tensor], cache: list[Tensor], keys: int, layers: int
 ) -> Callable[[int], Tensor]:
     """A decode step of all layers over `keys` keys, its own included."""
-    x = torch.randn(1, 1, WIDTH).bfloat16()
-    cos, sin = torch.randn(2, 1, 1, shape.head_dim)
+    source = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 1, WIDTH, generator=source).bfloat16()
+    cos, sin = torch.randn(2, 1, 1, shape.head_dim, generator=source)
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
     start, scale = torch.tensor(keys - 1), shape.head_dim**-0.5
     inputs = (x, weights * layers, cache, start, cos, sin, None, None, heads, shape.head_dim)
     options = (WIDTH, "silu", 1e-5, 0.0, True, 0.0, 0.0, False, scale)
     return lambda i: ops.decoder_layers(*inputs, *options)
+
+
+def check(floats: Tensor, int8: Tensor) -> None:
+    """Refuses to time what is wrong: of two layers, a few roundings of a percent of the values."""
+    if not bool((floats - int8).abs().amax() <= 0.05 * floats.abs().amax()):
+        raise RuntimeError("decoder_layers: output on an int8 cache is wrong; not timed")
 
 
 def run(output: Path, *, budget: float, threads: int) -> None:
@@ -91,6 +101,9 @@ def run(output: Path, *, budget: float, threads: int) -> None:
             for kind, cache in kept.items()
             for count in (1, keys)
         }
+        check(
+            *(step(shape, weights, kept[k][:n], keys, 2)(0) for k, n in (("bf16", 4), ("int8", 8)))
+        )
         bandwidth, peak = probe(buffer).bandwidth, fp32_peak(threads)
         timings = interleaved(calls, budget=budget)
         bandwidth, peak = max(bandwidth, probe(buffer).bandwidth), max(peak, fp32_peak(threads))

@@ -84,7 +84,6 @@ inline void run_split(const AttentionArgs& args, const Item& item, int64_t first
     k = args.k_blocked ? find_blocked_keys(args, keys, first, seen, rows, w)
                        : load_keys(keys, first, seen, args.d, w);
     v = load_values(args, head_rows(args.v, item.b, item.kv_head), first, seen, rows, w);
-    if (args.k_blocked && rows <= kBlockRows) look_ahead(args, first, &k, &v);
   }
   for (int64_t row = 0; row < rows; row += kBlockRows) {
     const int64_t count = rows - row < kBlockRows ? rows - row : kBlockRows;

@@ -235,15 +235,5 @@ inline Values load_values(const AttentionArgs& args, const HeadRows& v, int64_t 
   return {reinterpret_cast<const uint8_t*>(w.values), DType::f32, w.v_stride, 0, args.dv};
 }
 
-/// For keys in blocks and values that are both read in place, once, from memory: while one of them
-/// is read the other is asked for, as the CPU's own prefetchers start anew with each.
-inline void look_ahead(const AttentionArgs& args, int64_t first, Keys* k, Values* v) {
-  if (args.d != args.dv || v->stride != args.dv) return;
-  const int64_t row = args.d * size_of(k->type);
-  const uint8_t* values = v->data + (first - k->shift) * row;
-  k->ahead = values - k->data;
-  v->ahead = k->data + kSplit * row - values;
-}
-
 }  // namespace
 }  // namespace slmops::SLMOPS_ISA

@@ -28,9 +28,8 @@ inline void round_queries(const AttentionArgs& args, const Item& item, const Wor
 struct Int8Split {
   const uint8_t* keys;
   const uint8_t* values;
-  int64_t shift;                     // slot j of the blocks is at position j - shift of the split
-  int64_t width;                     // padded_head(d)
-  int64_t values_ahead, keys_ahead;  // bytes from what is read to what is asked for meanwhile
+  int64_t shift;  // slot j of the blocks is at position j - shift of the split
+  int64_t width;  // padded_head(d)
 };
 
 /// That of positions `seen`, whose scales go to w.
@@ -44,22 +43,15 @@ inline Int8Split find_int8(const AttentionArgs& args, const Item& item, int64_t 
            static_cast<size_t>(seen.end - seen.begin) * sizeof(float));
     return x.codes + item.b * x.batch_stride + item.kv_head * x.head_stride + from * width;
   };
-  const uint8_t* keys = place(args.k_int8, w.int8.k_scale);
-  const uint8_t* values = place(args.v_int8, w.int8.v_scale);
-  Int8Split both = {keys, values, first - from, width, 0, 0};
-  if (item.rows() <= kBlockRows) {  // as look_ahead does
-    both.values_ahead = values - keys;
-    both.keys_ahead = keys + kSplit * width - values;
-  }
-  return both;
+  return {place(args.k_int8, w.int8.k_scale), place(args.v_int8, w.int8.v_scale), first - from,
+          width};
 }
 
 /// sum[r][j] += the dots of 16 * count codes of row r with lines: `step` bytes to the next 4 codes,
-/// `next` bytes to those of the next vector. Lines `ahead` bytes from them are asked for.
+/// `next` bytes to those of the next vector.
 template <int kRows, int kVectors>
 SLMOPS_INLINE void add_dots(const int8_t* codes, int64_t stride, const uint8_t* lines, int64_t step,
-                            int64_t next, int64_t count, int64_t ahead,
-                            I32 (&sum)[kRows][kVectors]) {
+                            int64_t next, int64_t count, I32 (&sum)[kRows][kVectors]) {
   for (int64_t i = 0; i < count; ++i, codes += kLanes) {
     Codes a[kRows];
 #pragma GCC unroll 8
@@ -68,10 +60,7 @@ SLMOPS_INLINE void add_dots(const int8_t* codes, int64_t stride, const uint8_t* 
     for (int quad = 0; quad < 4; ++quad, lines += step) {
       Bytes x[kVectors];
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
-        prefetch(lines + j * next + ahead);
-        x[j] = bytes(load_line(lines + j * next));
-      }
+      for (int j = 0; j < kVectors; ++j) x[j] = bytes(load_line(lines + j * next));
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -99,7 +88,7 @@ inline void int8_key_products(const Int8Split& both, int64_t row, int64_t begin,
       for (int j = 0; j < kVectors; ++j) sum[r][j] = splat_i32(preset[r]);
     }
     add_dots(q, kCodeStride, both.keys + i * width, 4 * kKeyBlock, kKeyBlock * width,
-             width / kLanes, both.values_ahead, sum);
+             width / kLanes, sum);
     const int64_t position = i - both.shift;
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
@@ -182,15 +171,14 @@ inline void int8_value_products(const Int8Split& both, int64_t begin, int64_t en
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sum[r][j] = splat_i32(w.int8.high_preset[r]);
     }
-    add_dots(w.int8.high + begin, kScoreStride, lines, step, 4 * kLanes, count, both.keys_ahead,
-             sum);
+    add_dots(w.int8.high + begin, kScoreStride, lines, step, 4 * kLanes, count, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const I32 preset = splat_i32(w.int8.low_preset[r]);
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sum[r][j] = shift_left<7>(sum[r][j]) + preset;
     }
-    add_dots(w.int8.low + begin, kScoreStride, lines, step, 4 * kLanes, count, 0, sum);
+    add_dots(w.int8.low + begin, kScoreStride, lines, step, 4 * kLanes, count, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const F32 factor = splat(w.int8.value_factor[r]);

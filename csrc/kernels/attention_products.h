@@ -63,7 +63,6 @@ struct Keys {
   const uint8_t* data;
   DType type;
   int64_t shift;
-  int64_t ahead = 0;  // bytes from what is read to what is asked for meanwhile, the split's values
 };
 
 /// scores[row][j - shift], times `scale`, for keys j in [begin, end), multiples of 16. q:
@@ -81,9 +80,7 @@ inline void key_products(const float* q, const Keys& keys, int64_t d, int64_t be
         F32 x[kVectors];
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) {
-          const int64_t at = i * d + (j * d + e) * kLanes;
-          prefetch(keys.data + at * size_of(kType) + keys.ahead);
-          x[j] = load_as(kType, keys.data, at);
+          x[j] = load_as(kType, keys.data, i * d + (j * d + e) * kLanes);
         }
         add_products(q + e, d, x, sum);
       }
@@ -102,7 +99,6 @@ struct Values {
   const uint8_t* data;
   DType type;
   int64_t stride, first, dv;
-  int64_t ahead = 0;  // likewise, to the next split's keys
 
   const uint8_t* at(int64_t i) const { return data + (first + i) * stride * size_of(type); }
 };
@@ -123,10 +119,7 @@ inline void value_products(const float* p, const Values& v, int64_t begin, int64
       for (int64_t i = begin; i < end; ++i, value += step) {
         F32 x[kVectors];
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) {
-          prefetch(value + (e + j * kLanes) * size_of(kType) + v.ahead);
-          x[j] = load_as(kType, value, e + j * kLanes);
-        }
+        for (int j = 0; j < kVectors; ++j) x[j] = load_as(kType, value, e + j * kLanes);
         add_products(p + i, kScoreStride, x, sum);
       }
       store_sums(sum, out + e, out_stride);
