@@ -153,11 +153,6 @@ inline F32 to_f32(I32 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x
 inline I32 round(F32 x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 inline I32 bits_of(F32 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 inline F32 from_bits(I32 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
-/// 2^floor(n / 2) for -252 <= n < 256.
-inline F32 half_power(I32 n) {
-  return from_bits(shift_left<23>(shift_right<1>(n + splat_i32(254))));
-}
-inline F32 times_power(F32 x, I32 n) { return x * half_power(n) * half_power(n + splat_i32(1)); }
 /// 16 lanes as 16-bit values, which they must fit (unsigned).
 inline __m256i narrow_u16(I32 x) {
   return _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
@@ -249,3 +244,5 @@ inline __m256i expand(__m256i u, __m256i sub) {
 
 }  // namespace
 }  // namespace slmops::SLMOPS_ISA
+
+#include "times_power.h"

@@ -148,11 +148,6 @@ inline F32 to_f32(I32 x) { SLMOPS_QUARTERS(F32, vcvtq_f32_s32(x.q[i])); }
 inline I32 round(F32 x) { SLMOPS_QUARTERS(I32, vcvtnq_s32_f32(x.q[i])); }
 inline I32 bits_of(F32 x) { SLMOPS_QUARTERS(I32, vreinterpretq_s32_f32(x.q[i])); }
 inline F32 from_bits(I32 x) { SLMOPS_QUARTERS(F32, vreinterpretq_f32_s32(x.q[i])); }
-/// 2^floor(n / 2) for -252 <= n < 256.
-inline F32 half_power(I32 n) {
-  return from_bits(shift_left<23>(shift_right<1>(n + splat_i32(254))));
-}
-inline F32 times_power(F32 x, I32 n) { return x * half_power(n) * half_power(n + splat_i32(1)); }
 /// The low halves of two quarters.
 inline int16x8_t low_halves(int32x4_t a, int32x4_t b) {
   return vuzp1q_s16(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b));
@@ -254,3 +249,5 @@ inline Line expand(Line u, I32 sub) { SLMOPS_QUARTERS(Line, expand(u.q[i], sub.q
 
 }  // namespace
 }  // namespace slmops::SLMOPS_ISA
+
+#include "times_power.h"

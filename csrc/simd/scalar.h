@@ -248,15 +248,8 @@ inline F32 from_bits(I32 a) {
   F32 r;
   SLMOPS_LANES(r.v[i] = __builtin_bit_cast(float, a.v[i]));
 }
-/// x * 2^n, rounded once, for |x| in 0.5 .. 2 and -252 <= n < 256.
-inline F32 times_power(F32 x, I32 n) {
-  // Two factors, as 2^n itself leaves fp32 at both ends; the first product is exact.
-  const auto half = [](int32_t half_n) {
-    return __builtin_bit_cast(float, static_cast<uint32_t>(half_n + 127) << 23);
-  };
-  F32 r;
-  SLMOPS_LANES(r.v[i] = x.v[i] * half(n.v[i] >> 1) * half((n.v[i] + 1) >> 1));
-}
+/// x * 2^n with one rounding, 0.5 <= x < 2 and -252 <= n <= 129: defined in times_power.h.
+inline F32 times_power(F32 x, I32 n);
 /// Stores the low byte of each lane.
 inline void store_i8(int8_t* p, I32 a) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(a.v[i]);
@@ -415,3 +408,5 @@ inline Line expand(Line u, I32 sub) {
 
 }  // namespace
 }  // namespace slmops::SLMOPS_ISA
+
+#include "times_power.h"

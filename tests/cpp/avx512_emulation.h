@@ -133,11 +133,6 @@ inline __m512 _mm512_fnmadd_ps(__m512 a, __m512 b, __m512 c) {
                                [](float x, float y, float z) { return std::fmaf(-x, y, z); });
 }
 inline float _mm512_cvtss_f32(__m512 a) { return a.v[0]; }
-/// x * 2^floor(y).
-inline __m512 _mm512_scalef_ps(__m512 a, __m512 b) {
-  return avx512_emulation::map(
-      a, b, [](float x, float y) { return std::ldexp(x, static_cast<int>(std::floor(y))); });
-}
 // The second operand where one is NaN or both are zeros.
 inline __m512 _mm512_min_ps(__m512 a, __m512 b) {
   return avx512_emulation::map(a, b, [](float x, float y) { return x < y ? x : y; });
@@ -147,6 +142,13 @@ inline __m512 _mm512_max_ps(__m512 a, __m512 b) {
 }
 inline __m512 _mm512_sqrt_ps(__m512 a) {
   for (float& lane : a.v.lane) lane = std::sqrt(lane);
+  return a;
+}
+/// a * 2^floor(b) with one rounding.
+inline __m512 _mm512_scalef_ps(__m512 a, __m512 b) {
+  for (int i = 0; i < 16; ++i) {
+    a.v.lane[i] = std::ldexp(a.v.lane[i], static_cast<int>(std::floor(b.v.lane[i])));
+  }
   return a;
 }
 /// In each four lanes, lane i from the lane that bits 2 i, 2 i + 1 of `order` name.
