@@ -14,13 +14,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 import torch_slmops
 from benchmarks.machine import fp32_peak, probe
 from torch_slmops import ops
 from torch_slmops.bench.shapes import MODELS, ModelShape
 from torch_slmops.bench.timing import interleaved
-from torch_slmops.cache import GrowingLayer, Int8Layer
+from torch_slmops.cache import adopt
 from torch_slmops.packed_rows import interleave
 from torch_slmops.weights import quantize_weight
 
@@ -51,9 +52,14 @@ def caches(shape: ModelShape, keys: int, layers: int) -> dict[str, list[Tensor]]
     states = torch.randn(1, shape.kv_heads, slots, shape.head_dim).bfloat16()
     found: dict[str, list[Tensor]] = {"bf16": [], "int8": []}
     for _ in range(layers):
-        floats, int8 = GrowingLayer(), Int8Layer()
+        floats, int8 = (
+            adopt(DynamicLayer(), dtype)  # type: ignore[no-untyped-call]
+            for dtype in (None, "int8")
+        )
         keys_and_values = floats.reserve(states, states, blocked=True)[:2]
-        keys_and_values[0][:, :, : slots // 16] = states.unflatten(2, (-1, 16)).transpose(3, 4)
+        keys_and_values[0][:, :, : slots // 16] = states.view(
+            1, shape.kv_heads, -1, 16, shape.head_dim
+        ).mT
         keys_and_values[1][:, :, :slots] = states
         int8.update(states, states)
         found["bf16"] += keys_and_values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -328,6 +329,7 @@ class _Slots:
         tensors: list[Tensor] = []
         starts: list[Any] = []
         sizes: set[int] = set()
+        parts: Sequence[Tensor]
         spec = attentions[0].slmops
         shape = (call.x.shape[0], spec.heads[1], call.x.shape[1], spec.head_dim)
         states = call.x.new_empty(1).expand(shape)

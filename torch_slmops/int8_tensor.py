@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Int8Tensor(Tensor):
     def __new__(
         cls, codes: Tensor, scale: Tensor, head_dim: int, values: bool, dtype: torch.dtype
     ) -> Int8Tensor:
-        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Any = Tensor._make_wrapper_subclass
         made: Int8Tensor = make(cls, (*scale.shape, head_dim), dtype=dtype, device=codes.device)
         made.codes, made.scale, made.of_values = codes, scale, values
         return made
@@ -45,15 +45,15 @@ class Int8Tensor(Tensor):
         return ops.read_int8(self.codes, self.scale, self.shape[3], self.of_values, self.dtype)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[Any, Any] | None = None,
     ) -> Any:
-        args, kwargs = tree_map_only(cls, cls.floats, (args, dict(kwargs or {})))
-        return func(*args, **kwargs)
+        args, kwargs = tree_map_only(cls, cls.floats, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Int8Tensor({self.floats()!r})"
