@@ -262,6 +262,22 @@ def llama_cpp(table: Table) -> None:
         table.row(f"{name} ({told})" if told else name, model, size)
 
 
+def keys_and_values(table: Table) -> None:
+    table.head("Keys and values")
+    for name, options in (("int4 sub16", {}), ("int8 group 32", {"weights": "int8"})):
+        table.optimized(f"{name}, bf16 model", _bf16(table.original), **options)
+        table.optimized(
+            f"{name}, bf16 model, int8 keys and values",
+            _bf16(table.original),
+            kv_cache="int8",
+            **options,
+        )
+
+
+def _bf16(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).to(torch.bfloat16)
+
+
 def gguf(table: Table) -> None:
     table.head("llama.cpp's formats, float activations")
     for name, layers, head in (
@@ -319,6 +335,7 @@ RUN = {
     "activations": activations,
     "calibrated": calibrated,
     "rotation": rotation,
+    "keys": keys_and_values,
     "gguf": gguf,
     "llama.cpp": llama_cpp,
     "budget": budget,

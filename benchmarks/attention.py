@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import torch_slmops
+from benchmarks import kv_cache
 from benchmarks.machine import fp32_peak, probe
 from torch_slmops import ops
 from torch_slmops.bench.shapes import MODELS, ModelShape
@@ -37,6 +38,15 @@ def theirs(mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=True)
 
 
+def as_int8(x: Tensor, values: bool) -> tuple[Tensor, Tensor]:
+    """Codes and scales of keys or values [B, L, H, D]."""
+    shape = (x.shape[0], x.shape[2], *ops.int8_shape(x.shape[1], x.shape[3], values))
+    codes = torch.empty(shape, dtype=torch.uint8)
+    scale = torch.empty(x.shape[0], x.shape[2], x.shape[1])
+    ops.store_int8_(x, codes, scale, 0, values)
+    return codes, scale
+
+
 def multiply_adds(shape: ModelShape, queries: int, keys: int) -> int:
     """Of both products over the keys that causal queries see."""
     seen = queries * (keys - queries) + queries * (queries + 1) // 2
@@ -57,11 +67,19 @@ def candidates(shape: ModelShape, queries: int, keys: int) -> dict[str, Callable
     def on(call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[int], Tensor]:
         return lambda i: call(q, *kv[i % copies].transpose(2, 3))
 
-    found = {"ours": on(ours), "torch": on(partial(theirs, mask))}
-    left, right = found["ours"](0).float(), found["torch"](0).transpose(1, 2).float()
+    pairs = [[as_int8(x.transpose(1, 2), i == 1) for i, x in enumerate(pair)] for pair in kv]
+
+    def on_int8(i: int) -> Tensor:
+        (k, k_scale), (v, v_scale) = pairs[i % copies]
+        options = (True, 0, shape.head_dim**-0.5, 0.0, k_scale, v_scale)
+        return ops.attention(q, k, v, None, None, *options)
+
+    found = {"ours": on(ours), "int8": on_int8, "torch": on(partial(theirs, mask))}
+    right = found["torch"](0).transpose(1, 2).float()
     # bf16 roundings of p and of the result in torch's kernels: 2^-8 of the largest |v| each.
-    if not bool(((left - right).abs() <= 3 * 2.0**-8 * right.abs().amax()).all()):
-        raise RuntimeError("attention: output is wrong; not timed")
+    for name, most in (("ours", 3 * 2.0**-8), ("int8", 6 * 2.0**-8)):
+        if not bool(((found[name](0).float() - right).abs() <= most * right.abs().amax()).all()):
+            raise RuntimeError(f"attention, {name}: output is wrong; not timed")
     return found
 
 
@@ -72,7 +90,8 @@ def run(output: Path, *, budget: float, threads: int) -> None:
     shape = MODELS["llama-3.2-1b"]
     buffer = torch.zeros(256 << 20, dtype=torch.uint8)
     table = Table(title=f"attention of {shape.name}, bf16, {torch_slmops.isa()}")
-    for column in ("case", "us", "torch us", "x", "GFMA/s", "of peak", "limit us", "x limit"):
+    columns = ("case", "us", "torch us", "x", "GFMA/s", "of peak", "limit us", "x limit")
+    for column in (*columns, "int8 us", "x"):
         table.add_column(column, justify="right")
     for name, (queries, keys) in CASES.items():
         calls = candidates(shape, queries, keys)
@@ -92,6 +111,8 @@ def run(output: Path, *, budget: float, threads: int) -> None:
             f"{work / us['ours'] * 1e6 / peak:.0%}",
             f"{limit:.0f}",
             f"{us['ours'] / limit:.2f}",
+            f"{us['int8']:.0f}",
+            f"{us['torch'] / us['int8']:.2f}",
         )
         record = {"op": "attention", "case": name, "queries": queries, "keys": keys, "us": us}
         record |= {"multiply_adds": work, "bandwidth": bandwidth, "fma_peak": peak}
@@ -100,3 +121,4 @@ def run(output: Path, *, budget: float, threads: int) -> None:
         with output.open("a") as lines:
             lines.write(json.dumps(record) + "\n")
     Console(width=110).print(table)
+    kv_cache.run(output, budget=budget, threads=threads)

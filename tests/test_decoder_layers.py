@@ -11,6 +11,7 @@ import torch
 from bits import assert_same_bits
 from cases import FLOATS, FORMATS, Format, random_packed, random_values
 from fused_cases import random_gate_up
+from int8_kv import int8_heads
 from torch import Tensor
 
 from torch_slmops import ops, reference
@@ -39,6 +40,7 @@ class Layers:
     start: int = 0
     slots: int = 24  # of the cache; 0: none
     blocked: bool = False  # its keys, with slots rounded up
+    int8: bool = False  # keys and values
     heads: tuple[int, int, int] = (4, 2, 2)
     d: int = 16
     k: int = 96
@@ -76,10 +78,13 @@ class Layers:
         if self.mask == "float" and mask is not None:
             mask = torch.where(mask, floats(batch, 1, length, keys), -torch.inf)
         ids = torch.arange(length)[None] + torch.tensor([[self.start - 2], [300]])[:batch]
+        cache = [floats(*one).to(dtype) for _ in range(layers) for one in pair]
+        if self.int8:
+            cache = [part for i in range(layers) for part in self._int8(floats)]
         return {
             "x": random_values(self.values, (batch, length, self.k), 1).to(dtype),
             "weights": weights,
-            "cache": [floats(*one).to(dtype) for _ in range(layers) for one in pair],
+            "cache": cache,
             "start": torch.tensor(self.start),
             "cos": cos,
             "sin": sin,
@@ -99,6 +104,12 @@ class Layers:
             "softcap": self.softcap,
             "residual_multiplier": self.multiplier,
         }
+
+    def _int8(self, floats: Any) -> list[Tensor]:
+        """Keys and values of all slots as int8, and their scales."""
+        shape = (self.batch, self.slots, self.heads[1], self.d)
+        (k, k_scale), (v, v_scale) = (int8_heads(floats(*shape), kind) for kind in (False, True))
+        return [k, v, k_scale, v_scale]
 
     def _weights(self, layer: int, dtype: torch.dtype) -> list[Tensor]:
         fmt, seed = self.formats[layer], 10 * layer
@@ -149,6 +160,16 @@ CASES = [
         Layers((SUB16,), length=length, start=start, slots=340, blocked=True, positions=True)
         for length, start in ((1, 13), (1, 300), (33, 290))
     ),
+    *(
+        Layers((SUB16, INT8), 1 + masked, length, start, 620, mask="bool" * masked, int8=True, d=24)
+        for length, start in ((1, 0), (40, 0), (1, 5), (4, 30), (1, 600), (20, 590))
+        for masked in (False, True)
+    ),
+    *(
+        Layers((SUB16, SUB16), length=length, start=start, slots=340, int8=True, positions=True)
+        for length, start in ((1, 13), (33, 290))
+    ),
+    Layers(rotary=False, values="special", int8=True, qk_norms="full"),
     Layers(batch=0),
     Layers(length=0, start=3),
 ]
@@ -193,6 +214,7 @@ def test_layers_together_are_layers_one_by_one() -> None:
 def test_number_of_threads(length: int, norms: str, threads: None) -> None:
     qk_norms = "full" if norms == "post" else ""
     case = Layers((SUB16, INT8), 2, length, 560, 620, k=256, hidden=320, qk_norms=qk_norms)
+    case = replace(case, int8=norms == "post")
     arguments = replace(case, norms=norms, d=64).arguments(torch.bfloat16)
     torch.set_num_threads(1)
     expected = run(ops, arguments)
@@ -258,6 +280,8 @@ WRONG = {
         {"cache": [torch.zeros(2, 2, 0, 16, 16), torch.zeros(2, 2, 24, 16)]},
         "blocks",
     ),
+    "a cache of three": ({"cache": [torch.zeros(2, 2, 24, 16)] * 3}, "keys and values of each"),
+    "int8 of floats": ({"cache": [torch.zeros(2, 2, 24, 16)] * 4}, "keys of dtype uint8"),
     "blocks of values": ({"cache": [torch.zeros(2, 2, 2, 16, 16)] * 2}, "values"),
     "positions": ({"position_ids": torch.zeros(2, 4, dtype=torch.long)}, "position_ids of shape"),
     "scale": ({"scale": float("nan")}, "finite"),
@@ -281,7 +305,11 @@ def test_wrong_weights(part: str) -> None:
         ops.decoder_layers(**arguments)
 
 
-@pytest.mark.parametrize("case", [CASES[5], CASES[15], CASES[16]], ids=["many", "none", "masked"])
+@pytest.mark.parametrize(
+    "case",
+    [CASES[5], CASES[15], CASES[16], Layers((SUB16, GROUP), int8=True)],
+    ids=["many", "none", "masked", "int8"],
+)
 def test_opcheck(case: Layers) -> None:
     arguments = tuple(case.arguments(torch.bfloat16).values())
     torch.library.opcheck(torch.ops.slmops.decoder_layers.default, arguments)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from torch_slmops import ops, reference
 
-# All but pack_, which has a test of its own: it fills a buffer.
+# All but pack_ and store_int8_, which have tests of their own: they fill buffers.
 OPS = {
     "add_rms_norm",
     "attention",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from torch_slmops import ops
+from torch_slmops.int8_tensor import Int8Tensor
 
-__all__ = ["register_attention", "use_own_attention"]
+__all__ = ["check_kv_cache", "register_attention", "set_kv_cache", "use_own_attention"]
 
 NAME = "slmops"
 
@@ -53,6 +54,26 @@ def use_own_attention(model: nn.Module) -> None:
             change(NAME)
 
 
+def check_kv_cache(dtype: object) -> None:
+    """Refuses what keys and values cannot be kept as."""
+    if dtype not in (None, "int8"):
+        raise ValueError(f'kv_cache: expected "int8" or None, got {dtype!r}')
+
+
+def set_kv_cache(model: nn.Module, dtype: str | None) -> None:
+    """Says in which dtype the fused attentions of `model` keep keys and values.
+
+    Those with a sliding window keep theirs: what they have to keep is short.
+    """
+    from torch_slmops.fused import FusedAttention, read
+
+    for module in model.modules():
+        if isinstance(module, FusedAttention) and module.slmops.row.forward is None:
+            window = dict(module.slmops.row.options).get("sliding_window")
+            sliding = window is not None and read(module, window) is not None
+            module.slmops_kv_cache = None if sliding else dtype
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -71,7 +92,8 @@ def attention_forward(
 
     Args:
         module: The attention module; its `is_causal` counts where the argument is None.
-        query, key, value: [B, H, L, D]; fewer key heads than query heads are not repeated.
+        query, key, value: [B, H, L, D]; fewer key heads than query heads are not repeated. Keys and
+            values may be int8, as `torch_slmops.Cache(dtype="int8")` gives them.
         attention_mask: What `sdpa_mask` made: bool, or None for causal or full attention. It has
             the sliding window in it.
         dropout: With it, and where gradients are recorded, transformers' sdpa computes.
@@ -114,16 +136,22 @@ def attention_forward(
         mask = mask.expand(-1, -1, queries, -1)
     if position_bias is not None:
         mask = _with_bias(position_bias, mask)
+    scales: tuple[Tensor, ...] = ()
+    if isinstance(key, Int8Tensor) and isinstance(value, Int8Tensor):
+        keys, values, scales = key.codes, value.codes, (key.scale, value.scale)
+    else:
+        keys, values = key.transpose(1, 2), value.transpose(1, 2)
     out = ops.attention(
         query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+        keys,
+        values,
         mask,
         _first_position(position_ids, query.shape[0], key.shape[2]),
         causal,
         0,
         query.shape[3] ** -0.5 if scaling is None else scaling,
         softcap or 0.0,
+        *scales,
     )
     return out, None
 

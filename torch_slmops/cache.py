@@ -19,103 +19,17 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-__all__ = ["Cache", "GrowingLayer", "GrowingSlidingWindowLayer", "adopt", "layer_of"]
+from torch_slmops.attention import check_kv_cache
+from torch_slmops.cache_memory import LEAST_SLOTS, BlockedKeys, Blocks, Int8Heads, Memory
 
-_LEAST_SLOTS = 64
-_BLOCK = 16
-
-
-class _Memory:
-    """A tensor [B, H, slots, D] of which slots [first, stop) are in use."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.first, self.stop = tensor, 0, tensor.shape[2]
-
-    @classmethod
-    def of(cls, states: Tensor, slots: int) -> _Memory:
-        """Free slots for `states`."""
-        made = cls(states.new_empty(*states.shape[:2], slots, states.shape[3]))
-        made.stop = 0
-        return made
-
-    def view(self) -> Tensor:
-        return self.tensor[:, :, self.first : self.stop]
-
-    def last(self, count: int) -> Tensor:
-        """The last `count` slots in use, and the free ones behind them."""
-        first = self.stop - count
-        return self.tensor if first == 0 else self.tensor[:, :, first:]
-
-    def is_part(self, value: Tensor) -> bool:
-        """Whether `value` is a view of some of the slots."""
-        own = self.tensor
-        return (
-            value.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
-            and value.stride() == own.stride()
-            and (*value.shape[:2], value.shape[3]) == (*own.shape[:2], own.shape[3])
-        )
-
-    def use(self, part: Tensor) -> None:
-        """Makes the slots that `part` is a view of those in use."""
-        distance = part.storage_offset() - self.tensor.storage_offset()
-        self.first = distance // self.tensor.stride(2)
-        self.stop = self.first + part.shape[2]
-
-    def make_room(self, new: int) -> None:
-        """Makes sure that `new` slots are free behind those in use, and may be written."""
-        if self.tensor.is_inference() and not torch.is_inference_mode_enabled():
-            self.tensor = self.tensor.clone()
-        if self.stop + new <= self.tensor.shape[2]:
-            return
-        used, kept = self.stop - self.first, self.view()
-        slots = max(2 * (used + new), _LEAST_SLOTS)
-        if slots > self.tensor.shape[2]:
-            batch, heads, _, width = self.tensor.shape
-            self.tensor = self.tensor.new_empty(batch, heads, slots, width)
-        else:
-            kept = kept.clone()
-        self.tensor[:, :, :used] = kept
-        self.first, self.stop = 0, used
-
-    def reorder(self, beam_idx: Tensor) -> None:
-        tensor, used = torch.empty_like(self.tensor), slice(self.first, self.stop)
-        tensor[:, :, used] = self.tensor[:, :, used].index_select(0, beam_idx)
-        self.tensor = tensor
-
-
-class _BlockedKeys(_Memory):
-    """Keys as `ops.decoder_layers` reads them fastest: [B, H, blocks, D, 16]; see there."""
-
-    def __init__(self, states: Tensor, slots: int) -> None:
-        batch, heads, _, width = states.shape
-        self.tensor = states.new_empty(batch, heads, -(-slots // _BLOCK), width, _BLOCK)
-        self.first = self.stop = 0
-
-    def view(self) -> Tensor:
-        """A copy, in the order of `keys`."""
-        return self.tensor.transpose(3, 4).flatten(2, 3)[:, :, : self.stop]
-
-    def last(self, count: int) -> Tensor:
-        assert count == self.stop
-        return self.tensor
-
-    def is_part(self, value: Tensor) -> bool:
-        return False
-
-    def make_room(self, new: int) -> None:
-        if self.tensor.is_inference() and not torch.is_inference_mode_enabled():
-            self.tensor = self.tensor.clone()
-        if self.stop + new <= self.tensor.shape[2] * _BLOCK:
-            return
-        old, used = self.tensor, -(-self.stop // _BLOCK)
-        blocks = -(-2 * (self.stop + new) // _BLOCK)
-        self.tensor = old.new_empty(*old.shape[:2], blocks, *old.shape[3:])
-        self.tensor[:, :, :used] = old[:, :, :used]
-
-    def reorder(self, beam_idx: Tensor) -> None:
-        tensor, used = torch.empty_like(self.tensor), slice(-(-self.stop // _BLOCK))
-        tensor[:, :, used] = self.tensor[:, :, used].index_select(0, beam_idx)
-        self.tensor = tensor
+__all__ = [
+    "Cache",
+    "GrowingLayer",
+    "GrowingSlidingWindowLayer",
+    "Int8Layer",
+    "adopt",
+    "layer_of",
+]
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -126,13 +40,13 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     can_block = True
 
-    def _memory(self, name: str) -> _Memory | None:
+    def _memory(self, name: str) -> Memory | None:
         memory = vars(self).get(name)
-        return memory if isinstance(memory, _Memory) else None
+        return memory if isinstance(memory, Memory) else None
 
     def _view(self, name: str) -> Tensor | None:
         memory = vars(self).get(name)
-        return memory.view() if isinstance(memory, _Memory) else memory
+        return memory.view() if isinstance(memory, Memory) else memory
 
     def _assign(self, name: str, value: Tensor | None) -> None:
         memory = self._memory(name)
@@ -141,7 +55,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         elif memory is not None and memory.is_part(value):
             memory.use(value)
         else:
-            vars(self)[name] = _Memory(value)
+            vars(self)[name] = Memory(value)
 
     @property
     def keys(self) -> Tensor | None:
@@ -167,7 +81,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Returns the keys and values that the new queries may see, the new ones last."""
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             return super().update(key_states, value_states, *args, **kwargs)
-        if isinstance(self._memory("_keys"), _BlockedKeys):
+        if isinstance(self._memory("_keys"), BlockedKeys):
             self.keys = self.keys
         keys, values, start = self.reserve(key_states, value_states)
         stop = start + key_states.shape[2]
@@ -194,15 +108,15 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[2]
-        slots = max(2 * new, _LEAST_SLOTS)
+        slots = max(2 * new, LEAST_SLOTS)
         own = vars(self)
         keys, values = own.get("_keys"), own.get("_values")
-        if not isinstance(keys, _Memory) or not isinstance(values, _Memory):
+        if not isinstance(keys, Memory) or not isinstance(values, Memory):
             if blocked and self.can_block:
-                keys = _BlockedKeys(key_states, slots)
+                keys = BlockedKeys(key_states, slots)
             else:
-                keys = _Memory.of(key_states, slots)
-            values = _Memory.of(value_states, slots)
+                keys = Memory.of(key_states, slots)
+            values = Memory.of(value_states, slots)
             own["_keys"], own["_values"] = keys, values
         keys.make_room(new)
         values.make_room(new)
@@ -223,7 +137,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens."""
         keys, values = self._memory("_keys"), self._memory("_values")
-        if tokens_to_remove < 0 and isinstance(keys, _BlockedKeys) and values is not None:
+        if tokens_to_remove < 0 and isinstance(keys, Blocks) and values is not None:
             keys.stop = values.stop = max(keys.stop + tokens_to_remove, 0)
         else:
             super().crop(tokens_to_remove)
@@ -239,6 +153,19 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             memory = self._memory(name)
             if memory is not None:
                 memory.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence `repeats` times."""
+        self.reorder_cache(self._rows().repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences `indices`, in this order."""
+        self.reorder_cache(self._rows()[indices])
+
+    def _rows(self) -> Tensor:
+        """Numbers of the sequences."""
+        keys = self._memory("_keys")
+        return torch.arange(0 if keys is None else keys.batch)
 
 
 class GrowingSlidingWindowLayer(  # type: ignore[no-untyped-call]
@@ -266,15 +193,83 @@ class GrowingSlidingWindowLayer(  # type: ignore[no-untyped-call]
         return int(self.cumulative_length)
 
 
+class Int8Layer(GrowingLayer):  # type: ignore[no-untyped-call]
+    """A `GrowingLayer` that keeps keys and values as int8 with a scale per head and token.
+
+    Attention "slmops" computes on the int8 codes. Everything else gets the floats that they stand
+    for, each time anew: `keys` and `values`, and the tensors that `update` returns as soon as an op
+    reads them.
+    """
+
+    def _assign(self, name: str, value: Tensor | None) -> None:
+        super()._assign(name, value)
+        memory = self._memory(name)
+        if memory is not None and value is not None:
+            rounded = Int8Heads(value, value.shape[2], name == "_values")
+            rounded.store(value)
+            rounded.stop = value.shape[2]
+            vars(self)[name] = rounded
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the keys and values that the new queries may see, the new ones last."""
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise RuntimeError(
+                "cache: expected keys and values that do not require gradients, as int8 gives "
+                "none; call the model under torch.no_grad() or use a cache of floats"
+            )
+        keys, values = self._room(key_states, value_states)
+        keys.store(key_states)
+        values.store(value_states)
+        self.advance(key_states.shape[2])
+        if torch.compiler.is_compiling():
+            return keys.view(), values.view()
+        return keys.part(), values.part()
+
+    def reserve_int8(
+        self, key_states: Tensor, value_states: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], int]:
+        """Makes room as `reserve` does.
+
+        Returns:
+            The codes of keys and of values and the scales of both, as `ops.decoder_layers` takes
+            them, and how many slots are in use.
+        """
+        keys, values = self._room(key_states, value_states)
+        return (keys.codes, values.codes, keys.scale, values.scale), keys.stop
+
+    def _room(self, key_states: Tensor, value_states: Tensor) -> tuple[Int8Heads, Int8Heads]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        found = []
+        for name, states in (("_keys", key_states), ("_values", value_states)):
+            memory = self._memory(name)
+            if not isinstance(memory, Int8Heads):
+                slots = max(2 * states.shape[2], LEAST_SLOTS)
+                memory = vars(self)[name] = Int8Heads(states, slots, name == "_values")
+            memory.make_room(states.shape[2])
+            found.append(memory)
+        return found[0], found[1]
+
+
 _OURS: dict[type, type] = {
     DynamicLayer: GrowingLayer,
     DynamicSlidingWindowLayer: GrowingSlidingWindowLayer,
 }
+_IN_PLACE = (GrowingLayer, GrowingSlidingWindowLayer, Int8Layer)
 
 
-def adopt(layer: Any) -> Any:
-    """Makes a dynamic layer of transformers one of ours, the same object; others stay."""
+def adopt(layer: Any, dtype: Any = None) -> Any:
+    """Makes a dynamic layer of transformers one of ours, the same object; others stay.
+
+    Args:
+        layer: A layer of a cache.
+        dtype: "int8" for an `Int8Layer` where `layer` has no sliding window.
+    """
     ours = _OURS.get(type(layer))
+    if ours is GrowingLayer and dtype is not None:
+        ours = Int8Layer
     if ours is not None:
         keys, values = (vars(layer).pop(name) for name in ("keys", "values"))
         layer.__class__ = ours
@@ -282,10 +277,11 @@ def adopt(layer: Any) -> Any:
     return layer
 
 
-def layer_of(cache: Any, index: int) -> Any:
+def layer_of(cache: Any, index: int, dtype: Any = None) -> Any:
     """Returns a layer of a cache that new keys can be written into in place, or None.
 
-    It is a `GrowingLayer`, which a dynamic layer becomes here, or a `StaticLayer`.
+    It is a `GrowingLayer`, which a dynamic layer becomes here (with `dtype` "int8" an `Int8Layer`),
+    or a `StaticLayer`.
     """
     if getattr(type(cache), "update", None) is not cache_utils.Cache.update or cache.offloading:
         return None
@@ -297,8 +293,8 @@ def layer_of(cache: Any, index: int) -> Any:
         return layer
     if torch.compiler.is_compiling():  # lengths would be constants of the graph
         return None
-    layer = adopt(layer)
-    return layer if type(layer) in _OURS.values() else None
+    layer = adopt(layer, dtype)
+    return layer if type(layer) in _IN_PLACE else None
 
 
 class Cache(DynamicCache):
@@ -309,11 +305,17 @@ class Cache(DynamicCache):
 
     Args:
         config: The model's config; with it layers with a sliding window keep no more than that.
+        dtype: "int8" keeps keys and values as int8 with a scale per head and token, in half the
+            memory of bf16; layers with a sliding window keep their dtype. None: that of the model.
+
+    Raises:
+        ValueError: Another `dtype`.
     """
 
-    def __init__(self, config: Any = None) -> None:
+    def __init__(self, config: Any = None, dtype: Any = None) -> None:
+        check_kv_cache(dtype)
         super().__init__(config=config)
         for layer in self.layers:
-            adopt(layer)
+            adopt(layer, dtype)
         if self.layer_class_to_replicate is DynamicLayer:
-            self.layer_class_to_replicate = GrowingLayer
+            self.layer_class_to_replicate = GrowingLayer if dtype is None else Int8Layer

@@ -231,9 +231,13 @@ def _in_one_order(gate_up: GateUp, down: Linear) -> bool:
 
 
 class FusedAttention(Fused):
-    """Attention whose q, k and v come from the op `qkv_rotary`; the rest is as it was."""
+    """Attention whose q, k and v come from the op `qkv_rotary`; the rest is as it was.
+
+    `slmops_kv_cache` is the dtype that keys and values are kept in, None for their own.
+    """
 
     slmops: AttentionSpec
+    slmops_kv_cache: str | None = None
 
     def describe(self) -> str:
         spec = self.slmops
@@ -243,6 +247,8 @@ class FusedAttention(Fused):
             words.append("norms of q and k")
         if spec.rotary_width:
             words.append("rotary" + (" interleaved" if spec.row.rotary == "interleaved" else ""))
+        if self.slmops_kv_cache is not None:
+            words.append(f"{self.slmops_kv_cache} keys and values")
         return ", ".join(words)
 
     def _projections(self) -> tuple[str, ...]:
@@ -270,15 +276,24 @@ class FusedAttention(Fused):
             or hasattr(cache, "self_attention_cache")  # an encoder-decoder's two caches
         ):
             return super().forward(**_rounded_tables(kwargs))
-        if cache is not None and not torch.compiler.is_compiling():
-            from torch_slmops.cache import layer_of
-
-            layer_of(cache, read(self, "layer_idx"))  # which makes it grow in place
+        if not torch.compiler.is_compiling():
+            cache = self._growing(cache)
         q, k, v = self.project(x, tables)
         consumed = (*_OWN, spec.cache, *spec.row.drops)
         rest = {name: kwargs[name] for name in kwargs if name not in consumed}
         mask = kwargs.get("attention_mask")
         return attend(self, spec, (q, k, v), mask, cache, _attention_functions(), rest)
+
+    def _growing(self, cache: Any) -> Any:
+        """The cache, which grows in place then; a new one where keys and values are rounded."""
+        if cache is None and self.slmops_kv_cache is None:
+            return None
+        from torch_slmops.cache import Cache, layer_of
+
+        if cache is None:  # rounded all the same: a cache does not change what a model computes
+            return Cache(dtype=self.slmops_kv_cache)
+        layer_of(cache, read(self, "layer_idx"), self.slmops_kv_cache)
+        return cache
 
     def may_take(self, x: Any, tables: Any) -> bool:
         """Whether x is [B, L, K] and the tables are (cos, sin), [B or 1, L, R], if needed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -316,32 +317,43 @@ class _Slots:
     @classmethod
     def of(cls, call: _Call, attentions: list[Any]) -> _Slots | None:
         """None where the op cannot use the cache."""
-        if call.cache is None:
+        dtype = None if torch.compiler.is_compiling() else attentions[0].slmops_kv_cache
+        if call.cache is None and dtype is None:
             return cls([], [], torch.tensor(0))
-        from torch_slmops.cache import GrowingLayer, layer_of
+        from torch_slmops.cache import Cache, GrowingLayer, Int8Layer, layer_of
 
+        cache = call.cache
+        if cache is None:  # rounded all the same: a cache does not change what a model computes
+            cache = Cache(dtype=dtype)
         layers: list[Any] = []
         tensors: list[Tensor] = []
         starts: list[Any] = []
+        sizes: set[int] = set()
+        parts: Sequence[Tensor]
         spec = attentions[0].slmops
         shape = (call.x.shape[0], spec.heads[1], call.x.shape[1], spec.head_dim)
         states = call.x.new_empty(1).expand(shape)
         for attention in attentions:
-            layer = layer_of(call.cache, attention.layer_idx)
-            if isinstance(layer, GrowingLayer):
-                keys, values, start = layer.reserve(states, states, blocked=True)
+            layer = layer_of(cache, attention.layer_idx, dtype)
+            if isinstance(layer, Int8Layer):
+                parts, start = layer.reserve_int8(states, states)
+            elif isinstance(layer, GrowingLayer):
+                *parts, start = layer.reserve(states, states, blocked=True)
             elif layer is not None:  # a static one
                 if not layer.is_initialized:
                     layer.lazy_initialization(states, states)
-                keys, values, start = layer.keys, layer.values, layer.cumulative_length
+                parts, start = (layer.keys, layer.values), layer.cumulative_length
             else:
                 return None
-            if keys.dtype != call.x.dtype:
+            if len(parts) == 2 and parts[0].dtype != call.x.dtype:
                 return None
             layers.append(layer)
-            tensors += (keys, values)
+            tensors += parts
             starts.append(start)
+            sizes.add(len(parts))
         if len(starts) > 1 and any(int(start) != int(starts[0]) for start in starts):
+            return None
+        if len(sizes) > 1:  # some layers are int8, others not
             return None
         start = starts[0]
         return cls(layers, tensors, start if isinstance(start, Tensor) else torch.tensor(start))

@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from torch_slmops import moving
+from torch_slmops.attention import check_kv_cache
 from torch_slmops.dequantize import dequantize
 from torch_slmops.files import Checkpoint, check, taken
 from torch_slmops.notes import note_saved
@@ -59,6 +60,7 @@ class SlmopsConfig(QuantizationConfigMixin):
         exclude: str | Iterable[str] | None = None,
         fuse: bool = True,
         strict: bool = False,
+        kv_cache: Literal["int8"] | None = None,
         format_version: int = FORMAT_VERSION,
         **others: Any,
     ) -> None:
@@ -72,6 +74,7 @@ class SlmopsConfig(QuantizationConfigMixin):
         check_version(format_version, "quantization_config")
         if others:
             raise TypeError(f"SlmopsConfig: unexpected arguments {', '.join(sorted(others))}")
+        check_kv_cache(kv_cache)
         make_formats(weights, scale_kind, group_size, symmetric, activations, act_group, lm_head)
         self.quant_method: Any = NAME
         self.format_version = format_version
@@ -86,6 +89,7 @@ class SlmopsConfig(QuantizationConfigMixin):
         self.exclude = _patterns(exclude)
         self.fuse = fuse
         self.strict = strict
+        self.kv_cache = kv_cache
 
     def options(self) -> dict[str, Any]:
         """Returns the arguments of `optimize`."""

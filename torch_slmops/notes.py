@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from torch_slmops.attention import set_kv_cache
 from torch_slmops.budget import Budget
 from torch_slmops.fuse import Left
 
@@ -65,11 +66,14 @@ def was_rotated(model: nn.Module) -> bool:
 def note_options(model: nn.Module, options: Mapping[str, Any]) -> None:
     """Leaves the arguments of `optimize` on `model`, as values that JSON can say.
 
+    The one that is of no weight but of calls, `kv_cache`, takes effect here.
+
     Models of transformers inside it, or it itself, get a quantizer, so that `save_pretrained` saves
     what `from_pretrained` can read.
     """
     noted = {name: _plain(value) for name, value in options.items()}
     vars(model)[_OPTIONS] = noted
+    set_kv_cache(model, noted.get("kv_cache"))
     modeling: Any = sys.modules.get("transformers.modeling_utils")
     if modeling is None:  # then none of its models can be here
         return

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch_slmops import budget, foreign
 from torch_slmops.activation_check import suited_formats
 from torch_slmops.adopt import adopted
-from torch_slmops.attention import use_own_attention
+from torch_slmops.attention import check_kv_cache, use_own_attention
 from torch_slmops.calibrate import calibrate, make_batches
 from torch_slmops.carry_out import Codes, carry_out
 from torch_slmops.formats import Format
@@ -47,6 +47,7 @@ def optimize(
     exclude: Patterns | None = None,
     fuse: bool = True,
     strict: bool = False,
+    kv_cache: Literal["int8"] | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
     max_kl: float | None = None,
@@ -96,6 +97,11 @@ def optimize(
         fuse: Fuses blocks; False only replaces layers one by one.
         strict: Raises if a layer would be left that no argument asks to leave, or with `fuse` a
             block that looks like an attention, an MLP or experts.
+        kv_cache: "int8" keeps the keys and values of fused attention as int8 with a scale per head
+            and token, in half the memory of bf16: in `generate`, in every `DynamicCache`, and where
+            there is no cache, for the same result. Layers with a sliding window keep their dtype,
+            as do static caches and compiled calls.
+            `torch_slmops.Cache(dtype="int8")` does it for models that are not fused.
         calibration: Text or batches of what the model will be used for: the codes of linear layers
             are then chosen for the inputs that they get (error feedback, `calibrate`), for the same
             bytes. One or more batches, each an `input_ids` tensor or a dict of arguments of the
@@ -133,6 +139,7 @@ def optimize(
     """
     named = (weights, scale_kind, group_size, symmetric, activations, act_group)
     include, exclude = listed(include), listed(exclude)
+    check_kv_cache(kv_cache)
     with adopted(model):
         _check_budget(max_kl, named == _UNNAMED, texts is not None or measurements is not None)
         check_model(model)
@@ -188,6 +195,7 @@ def optimize(
         "include": spelled(include, work.names),
         "exclude": spelled(exclude, work.names),
         "fuse": fuse,
+        "kv_cache": kv_cache,
     }
     note_options(model, options)
     count = len(work.todo)

@@ -58,7 +58,8 @@ class Stream:
         self._options = dict(options)
         strict = self._options.pop("strict")
         self._chosen = {name: self._options[name] for name in ("include", "exclude", "fuse")}
-        formats = {k: v for k, v in self._options.items() if k not in self._chosen}
+        others = (*self._chosen, "kv_cache")
+        formats = {k: v for k, v in self._options.items() if k not in others}
         self._formats = make_formats(**formats)
         self.units: dict[str, Unit] = {}
         self._left: dict[str, Left] = {}

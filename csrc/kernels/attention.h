@@ -6,69 +6,10 @@
 // all queries of an item share; for p v they are elements of v. Nothing is summed across lanes but
 // the sum of p.
 #pragma once
-#include "attention_inputs.h"
+#include "attention_int8.h"
 
 namespace slmops::SLMOPS_ISA {
 namespace {
-
-/// Raw products to scores: scale, softcap, additive mask, and -inf where a row may not see.
-inline void mask_scores(const AttentionArgs& args, const Item& item, int64_t row, int64_t first,
-                        Range blocks, const Workspace& w, float* s) {
-  const F32 scale = splat(args.scale), cap = splat(args.softcap), low = splat(-kInfinity);
-  for (int64_t i = blocks.begin; i < blocks.end; i += kLanes) {
-    F32 x = load(s + i) * scale;
-    if (args.softcap > 0.0f) x = tanh(x / cap) * cap;
-    store(s + i, x);
-  }
-  const int64_t begin = w.begin[row], end = w.end[row];
-  if (args.mask != nullptr && args.mask_is_bool) {
-    const uint8_t* seen = mask_row(args, item, row);
-    for (int64_t i = begin; i < end; ++i) s[i] = seen[first + i] != 0 ? s[i] : -kInfinity;
-  } else if (args.mask != nullptr) {
-    const DType type = args.mask_type;
-    const uint8_t* bias = mask_row(args, item, row) + (first + begin) * size_of(type);
-    for_lanes(end - begin, [&](int64_t i, auto lanes) {
-      const F32 x = load_lanes(DType::f32, s + begin, i, lanes);
-      const F32 add = load_lanes(type, bias, i, lanes);
-      const F32 sum = select(add < splat(-0x1.fffffep+127f), low, x + add);
-      store_lanes(DType::f32, s + begin, i, sum, lanes);
-    });
-  }
-  const int64_t from = begin < end ? begin : blocks.end;
-  for (int64_t i = blocks.begin; i < from; ++i) s[i] = -kInfinity;
-  for (int64_t i = begin < end ? end : from; i < blocks.end; ++i) s[i] = -kInfinity;
-}
-
-/// Lanes joined by `op`, which may be of any order.
-template <class Op>
-SLMOPS_INLINE float across(F32 x, const Op& op) {
-  float lane[kLanes];
-  store(lane, x);
-  for (int i = 1; i < kLanes; ++i) lane[0] = op(lane[0], lane[i]);
-  return lane[0];
-}
-
-/// Scores to p = exp(s - max) in place, max and sum into `part`; returns whether no p is 0.
-inline bool softmax(Range blocks, float* s, float* part) {
-  const F32 high = splat(kInfinity);
-  F32 most = splat(-kInfinity);
-  for (int64_t i = blocks.begin; i < blocks.end; i += kLanes) {
-    const F32 x = load(s + i);
-    most = max(most, select(is_nan(x), high, x));
-  }
-  const float m = across(most, [](float a, float b) { return a > b ? a : b; });
-  part[0] = m;
-  if (m == -kInfinity) return true;
-  F32 sums = splat(0.0f), least = high;
-  for (int64_t i = blocks.begin; i < blocks.end; i += kLanes) {
-    const F32 p = exp(load(s + i) - splat(m));
-    store(s + i, p);
-    sums = sums + p;
-    least = min(p, least);
-  }
-  part[1] = reduce16(sums);
-  return across(least, [](float a, float b) { return a < b ? a : b; }) > 0.0f;
-}
 
 /// Merges a part of the keys into a state, both [max, sum, .., weighted sum of v].
 inline void merge(const float* part, float* state, int64_t floats) {
@@ -110,7 +51,7 @@ inline void split_rows(const AttentionArgs& args, const Item& item, int64_t firs
   with_rows(count, [&](auto rows) {
     constexpr int kRows = decltype(rows)::value;
     const Range keys = whole_blocks({seen.begin + k.shift, seen.end + k.shift});
-    key_products<kRows>(w.q + row * args.d, k, args.d, keys.begin, keys.end, w.scores);
+    key_products<kRows>(w.q + row * args.d, k, args.d, keys.begin, keys.end, args.scale, w.scores);
     bool positive = true;
     for (int64_t i = 0; i < count; ++i) {
       float* s = w.scores + i * kScoreStride;
@@ -135,7 +76,10 @@ inline void run_split(const AttentionArgs& args, const Item& item, int64_t first
   const Range seen = join(w, 0, rows);
   Keys k = {};
   Values v = {};
-  if (seen.begin < seen.end) {
+  Int8Split both = {};
+  if (seen.begin < seen.end && args.is_int8) {
+    both = find_int8(args, item, first, seen, w);
+  } else if (seen.begin < seen.end) {
     const HeadRows keys = head_rows(args.k, item.b, item.kv_head);
     k = args.k_blocked ? find_blocked_keys(args, keys, first, seen, rows, w)
                        : load_keys(keys, first, seen, args.d, w);
@@ -143,7 +87,11 @@ inline void run_split(const AttentionArgs& args, const Item& item, int64_t first
   }
   for (int64_t row = 0; row < rows; row += kBlockRows) {
     const int64_t count = rows - row < kBlockRows ? rows - row : kBlockRows;
-    split_rows(args, item, first, k, v, row, count, w);
+    if (args.is_int8) {
+      int8_split_rows(args, item, first, both, row, count, w);
+    } else {
+      split_rows(args, item, first, k, v, row, count, w);
+    }
     for (int64_t i = 0; i < count; ++i) take(row + i, w.parts + i * w.part);
   }
 }
@@ -157,7 +105,11 @@ inline int64_t row_number(const AttentionArgs& args, const Item& item, int64_t r
 inline void attention_item(const AttentionArgs& args, const Item& item, int64_t split,
                            uint8_t* scratch) {
   const Workspace w(args, args.block * item.group, scratch);
-  load_queries(args, item, w);
+  if (args.is_int8) {
+    round_queries(args, item, w);
+  } else {
+    load_queries(args, item, w);
+  }
   const int64_t position = args.first_position == nullptr ? 0 : args.first_position[item.b];
   // Slot of position 0 of the sequence's first split: 0 or up to 255 before it.
   const int64_t origin = -(position & (kSplit - 1));

@@ -12,6 +12,32 @@ struct Item {
   int64_t rows() const { return queries * group; }
 };
 
+/// The pieces of a thread's scratch that int8 keys and values take.
+struct Int8Workspace {
+  Int8Workspace() = default;
+  Int8Workspace(int64_t rows, float* next)
+      : factor(next),
+        k_scale(factor + rows + kKeyBlock),
+        v_scale(k_scale + kScoreStride),
+        value_factor(v_scale + kScoreStride - kKeyBlock),
+        preset(reinterpret_cast<int32_t*>(value_factor + kQueryRows)),
+        high_preset(preset + rows),
+        low_preset(high_preset + kQueryRows),
+        q(reinterpret_cast<int8_t*>(low_preset + kQueryRows)),
+        high(q + rows * kCodeStride + kKeyBlock),
+        low(high + kQueryRows * kScoreStride) {}
+  float* factor = nullptr;  // [rows]: scale of a query's codes times that of the scores
+  float* k_scale;           // [kScoreStride], at position 0, as `scores`
+  float* v_scale;           // likewise
+  float* value_factor;      // [8]: what a row's integer sums of v are multiplied by
+  int32_t* preset;          // [rows]: what the dots with a query start from
+  int32_t* high_preset;     // [8]: likewise with p
+  int32_t* low_preset;
+  int8_t* q;     // [rows][kCodeStride]
+  int8_t* high;  // [8][kScoreStride]: codes of p / 128, by slots from a block's beginning
+  int8_t* low;   // the rest of them
+};
+
 /// The pieces of a thread's scratch.
 struct Workspace {
   Workspace(const AttentionArgs& args, int64_t rows, uint8_t* scratch)
@@ -31,6 +57,7 @@ struct Workspace {
     parts = take(kQueryRows * part);
     begin = reinterpret_cast<int64_t*>(next);
     end = begin + padded;
+    if (args.is_int8) int8 = Int8Workspace(padded, reinterpret_cast<float*>(end + padded));
   }
   int64_t part, v_stride;
   float* q;        // [rows][d]
@@ -41,6 +68,7 @@ struct Workspace {
   float* parts;    // [8][part]
   int64_t* begin;  // [rows]: positions of the split that a row may see are in [begin, end)
   int64_t* end;
+  Int8Workspace int8;
 };
 
 /// Rows of a tensor's head, `slot` 0 at data.

@@ -65,10 +65,11 @@ struct Keys {
   int64_t shift;
 };
 
-/// scores[row][j - shift] for keys j in [begin, end), multiples of 16. q: [kRows][d].
+/// scores[row][j - shift], times `scale`, for keys j in [begin, end), multiples of 16. q:
+/// [kRows][d].
 template <int kRows>
 inline void key_products(const float* q, const Keys& keys, int64_t d, int64_t begin, int64_t end,
-                         float* scores) {
+                         float scale, float* scores) {
   with_type(keys.type, [&](auto constant) {
     constexpr DType kType = decltype(constant)::value;
     for_vectors<vectors_of(kRows)>(begin, end, [&](int64_t i, auto vectors) {
@@ -82,6 +83,11 @@ inline void key_products(const float* q, const Keys& keys, int64_t d, int64_t be
           x[j] = load_as(kType, keys.data, i * d + (j * d + e) * kLanes);
         }
         add_products(q + e, d, x, sum);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) sum[r][j] = sum[r][j] * splat(scale);
       }
       store_sums(sum, scores + i - keys.shift, kScoreStride);
     });

@@ -1,5 +1,4 @@
-// What all kernels share: typed loads and stores with tails, unrolling by row count, the 16-partial
-// sum.
+// What all kernels share: typed loads and stores with tails, unrolling by row count.
 #pragma once
 #include <limits>
 
@@ -158,16 +157,6 @@ SLMOPS_INLINE F32 round_as(DType t, F32 x) {
   alignas(64) uint8_t rounded[64];
   store_as(t, rounded, 0, x);
   return load_as(t, rounded, 0);
-}
-
-/// The contract's sum of 16 partial sums: those 8 apart, then 4, 2, 1.
-inline float reduce16(F32 partials) {
-  float p[kLanes];
-  store(p, partials);
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-    for (int i = 0; i < distance; ++i) p[i] = p[i] + p[i + distance];
-  }
-  return p[0];
 }
 
 inline void convert(const void* in, DType in_type, void* out, DType out_type, int64_t count) {

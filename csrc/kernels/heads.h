@@ -1,5 +1,6 @@
 // Heads of q, k and v from fp32 scratch: norm, rotary embedding, one rounding.
 #pragma once
+#include "int8_heads.h"
 #include "rms_norm.h"
 #include "rotary.h"
 
@@ -27,6 +28,19 @@ inline void scatter_key(const uint8_t* x, int64_t d, int64_t slot, uint8_t* plac
   for (int64_t e = 0; e < d; ++e) memcpy(to + e * kKeyBlock * kSize, x + e * kSize, size_t{kSize});
 }
 
+/// A finished head into its slot of a cache that is not plain; `place`: of blocks of keys.
+template <DType kType>
+inline void place_head(const HeadsOut& to, const uint8_t* x, int64_t d, Place row, int64_t head,
+                       uint8_t* place) {
+  const int64_t slot = to.first_slot + row.position;
+  if (to.layout == HeadsLayout::key_blocks) return scatter_key<size_of(kType)>(x, d, slot, place);
+  const Int8View& out = to.int8;
+  uint8_t* codes = out.codes + row.sequence * out.batch_stride + head * out.head_stride;
+  const bool values = to.layout == HeadsLayout::int8_values;
+  out.scale[row.sequence * out.scale_batch_stride + head * out.scale_head_stride + slot] =
+      store_int8_head(x, kType, d, slot, values, codes);
+}
+
 /// Heads [begin, end) of part `part` (0: q, 1: k, 2: v) of one row, at x.
 template <DType kType, DType kAngleType>
 inline void finish_part(const HeadsArgs& args, int part, Place row, int64_t begin, int64_t end,
@@ -37,19 +51,19 @@ inline void finish_part(const HeadsArgs& args, int part, Place row, int64_t begi
   if (width > d) rms_norm_row(args.norm[part], x, DType::f32, x, DType::f32, width);
   const HeadsOut& to = args.out[part];
   constexpr int64_t kSize = size_of(kType);
-  alignas(64) uint8_t key[kMostKeyElements * sizeof(float)];
-  const int64_t at =
-      row.sequence * to.batch_stride + (to.blocked ? 0 : row.position * to.length_stride);
+  const bool plain = to.layout == HeadsLayout::plain;
+  alignas(64) uint8_t finished[kMostKeyElements * sizeof(float)];
+  const int64_t at = row.sequence * to.batch_stride + (plain ? row.position * to.length_stride : 0);
   for (int64_t head = begin; head < end; ++head, x += d) {
     uint8_t* place = static_cast<uint8_t*>(to.data) + (at + head * to.head_stride) * kSize;
-    uint8_t* out = to.blocked ? key : place;
+    uint8_t* out = plain ? place : finished;
     if (width == d) rms_norm_row(args.norm[part], x, DType::f32, x, DType::f32, d);
     if (rotated && angles.r > 0) {
       rotate_head<DType::f32, kAngleType, kType>(angles, args.interleaved, x, out, d);
     } else {
       convert(x, DType::f32, out, kType, d);
     }
-    if (to.blocked) scatter_key<kSize>(key, d, to.first_slot + row.position, place);
+    if (!plain) place_head<kType>(to, finished, d, row, head, place);
   }
 }
 

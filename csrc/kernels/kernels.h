@@ -129,13 +129,42 @@ constexpr int64_t kKeyBlock = 16;
 /// Elements of a head whose keys lie in blocks, at most.
 constexpr int64_t kMostKeyElements = 256;
 
-/// Where heads [batch][length][heads][d] are written; strides in elements, d contiguous, or in
-/// blocks of keys from slot `first_slot` on.
+/// Elements of a head as int8, padded with 0 to whole vectors of codes.
+constexpr int64_t padded_head(int64_t d) { return (d + 15) / 16 * 16; }
+
+/// Keys or values as int8 codes with a scale per head and slot. With p = padded_head(d), a block of
+/// 16 slots is 16 * p bytes code + 128, in lines of the integer dots:
+///   keys:   [p / 4][16 slots][4]: 4 elements of each slot, whose dots are over elements
+///   values: [4][p][4]: 4 slots of each element, whose dots are over slots
+struct Int8View {
+  uint8_t* codes;  // of slot 0 of the first head
+  int64_t batch_stride, head_stride;
+  float* scale;  // likewise; slots contiguous
+  int64_t scale_batch_stride, scale_head_stride;
+};
+
+/// Heads [batch][length][heads][d] that become keys or values from slot `first_slot` on.
+struct StoreArgs {
+  const void* x;  // of type; strides in elements, d contiguous
+  DType type;
+  int64_t batch_stride, length_stride, head_stride;
+  int64_t length, heads, d;
+  Int8View out;
+  bool values;
+  int64_t first_slot;
+};
+
+/// How heads lie where they are written.
+enum class HeadsLayout { plain, key_blocks, int8_keys, int8_values };
+
+/// Where heads [batch][length][heads][d] are written: strides in elements, d contiguous; in blocks
+/// of keys from slot `first_slot` on; or there as int8.
 struct HeadsOut {
   void* data;
   int64_t batch_stride, length_stride, head_stride;
-  bool blocked = false;
+  HeadsLayout layout = HeadsLayout::plain;
   int64_t first_slot = 0;
+  Int8View int8 = {};
 };
 
 /// The heads of q, k, v and what becomes of them after the projection.
@@ -181,6 +210,8 @@ struct AttentionArgs {
   HeadView k;  // [batch][keys][kv_heads][d], or blocks of keys
   HeadView v;  // [batch][keys][kv_heads][dv]
   bool k_blocked;
+  bool is_int8;  // instead of k and v; d and dv are then the same
+  Int8View k_int8, v_int8;
   int64_t batch, queries, keys, heads, kv_heads, d, dv;
   const void* mask;  // bytes, 0 or 1, or mask_type, [.][.][queries][keys]; null: none
   bool mask_is_bool;
@@ -234,6 +265,8 @@ struct KernelTable {
   /// 32 of up, alternating, of which `given` columns are there; the others are 0.
   void (*gate)(const GateArgs& args, float* x, int64_t row, int64_t rows, int64_t column,
                int64_t columns, int64_t given);
+  /// Items [begin, end) of x, (b * length + l) * heads + h, as int8.
+  void (*store_int8)(const StoreArgs& args, int64_t begin, int64_t end);
   /// Items [begin, end) of args, into `out` or, where they are single splits, into `parts`.
   /// scratch: attention_scratch_bytes(args) of this thread, aligned to 64.
   void (*attention)(const AttentionArgs& args, int64_t begin, int64_t end, uint8_t* scratch);
@@ -298,6 +331,15 @@ constexpr int64_t quantize_scratch_floats(int64_t k, int64_t group) {
 constexpr int64_t kQueryRows = 8;
 /// Floats of a row of scores: those of a split, and what blocks of keys reach beyond it.
 constexpr int64_t kScoreStride = kSplit + 2 * kKeyBlock;
+/// Bytes of a row of query codes.
+constexpr int64_t kCodeStride = kMostKeyElements;
+/// Bytes of attention's scratch for int8: codes of queries with a factor and a preset each, scales
+/// of a split's keys and values, codes of p, two bytes each, with a factor and two presets a row.
+constexpr int64_t int8_scratch_bytes(int64_t rows) {
+  constexpr int64_t kFloat = sizeof(float);
+  return rows * (kCodeStride + 2 * kFloat) + 2 * kScoreStride * kFloat +
+         kQueryRows * (2 * kScoreStride + 3 * kFloat);
+}
 /// Bytes of attention's scratch: queries, their state, a split of keys and of values, scores.
 constexpr int64_t attention_scratch_bytes(const AttentionArgs& args) {
   const int64_t group = args.kv_heads == 0 ? 0 : args.heads / args.kv_heads;
@@ -305,7 +347,8 @@ constexpr int64_t attention_scratch_bytes(const AttentionArgs& args) {
   const int64_t part = part_floats(args.dv);
   const int64_t floats = rows * (args.d + part) + (kSplit + kKeyBlock) * args.d + kSplit * part +
                          kQueryRows * (kScoreStride + part);
-  return floats * int64_t{sizeof(float)} + rows * 2 * int64_t{sizeof(int64_t)};
+  return floats * int64_t{sizeof(float)} + rows * 2 * int64_t{sizeof(int64_t)} +
+         (args.is_int8 ? int8_scratch_bytes(rows) : 0);
 }
 
 }  // namespace slmops

@@ -28,6 +28,7 @@ constinit const KernelTable kernels = {
     .rotary = rotary,
     .heads = heads,
     .gate = gate,
+    .store_int8 = store_int8,
     .attention = attention,
     .attention_merge = attention_merge,
     .activation = apply_activation,

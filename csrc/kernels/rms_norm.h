@@ -16,7 +16,7 @@ inline F32 inverse_rms(const void* x, DType type, int64_t k, float eps) {
       partials = fma(v, v, partials);
     });
   });
-  const F32 mean = splat(reduce16(partials)) / splat(static_cast<float>(k));
+  const F32 mean = splat(reduce_add(partials)) / splat(static_cast<float>(k));
   return splat(1.0f) / sqrt(mean + splat(eps));
 }
 

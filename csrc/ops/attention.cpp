@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "../isa/isa.h"
+#include "int8_heads.h"
 
 namespace slmops {
 namespace {
@@ -39,17 +40,6 @@ struct Heads {
   Tensor owner;
   HeadView view;
 };
-
-void check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
-  SLMOPS_CHECK(k.size(0) == q.size(0) && k.size(3) == q.size(3), kOp,
-               ": expected k with q's batch and head_dim, got q of shape ", shape(q),
-               " and k of shape ", shape(k));
-  const int64_t heads = q.size(2), kv_heads = k.size(2);
-  SLMOPS_CHECK(kv_heads > 0 && heads % kv_heads == 0, kOp,
-               ": expected q's heads to be a multiple of k's, got ", heads, " and ", kv_heads);
-  check_shape(kOp, "v", v, {k.size(0), k.size(1), kv_heads, v.size(3)});
-  check_type(kOp, "v", v, k.scalar_type());
-}
 
 std::optional<Tensor> set_first_position(const std::optional<Tensor>& first, AttentionArgs* args) {
   if (!first.has_value()) return std::nullopt;
@@ -120,43 +110,85 @@ void merge_splits(const KernelTable& table, const AttentionArgs& args, int64_t b
 
 namespace {
 
+/// k and v of args as they are, or as int8.
+class KeysAndValues {
+ public:
+  KeysAndValues(const Tensor& q, const Tensor& k, const Tensor& v,
+                const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale)
+      : is_int8_(k_scale.has_value()) {
+    SLMOPS_CHECK(v_scale.has_value() == is_int8_, kOp, ": expected both of k_scale and v_scale");
+    const int64_t batch = q.size(0), d = q.size(3);
+    if (is_int8_) {
+      SLMOPS_CHECK(k_scale->dim() == 3, kOp, ": expected k_scale of shape (batch, heads, keys), ",
+                   "got ", shape(*k_scale));
+      kv_heads_ = k_scale->size(1);
+      keys_ = k_scale->size(2);
+      dv_ = d;
+      k_int8_ = int8_view(kOp, "k", k, *k_scale, {batch, kv_heads_, d, keys_, false, false});
+      v_int8_ = int8_view(kOp, "v", v, *v_scale, {batch, kv_heads_, d, keys_, true, false});
+    } else {
+      k_.emplace("k", k);
+      v_.emplace("v", v);
+      kv_heads_ = k.size(2);
+      keys_ = k.size(1);
+      dv_ = v.size(3);
+      SLMOPS_CHECK(k.size(0) == batch && k.size(3) == d, kOp,
+                   ": expected k with q's batch and head_dim, got q of shape ", shape(q),
+                   " and k of shape ", shape(k));
+      check_shape(kOp, "v", v, {batch, keys_, kv_heads_, dv_});
+      check_type(kOp, "v", v, k.scalar_type());
+    }
+    const int64_t heads = q.size(2);
+    SLMOPS_CHECK(kv_heads_ > 0 && heads % kv_heads_ == 0, kOp,
+                 ": expected q's heads to be a multiple of k's, got ", heads, " and ", kv_heads_);
+  }
+
+  int64_t dv() const { return dv_; }
+  void apply(AttentionArgs* args) const {
+    args->is_int8 = is_int8_;
+    if (is_int8_) {
+      args->k_int8 = k_int8_;
+      args->v_int8 = v_int8_;
+    } else {
+      args->k = k_->view;
+      args->v = v_->view;
+    }
+    args->kv_heads = kv_heads_;
+    args->keys = keys_;
+    args->dv = dv_;
+  }
+
+ private:
+  bool is_int8_;
+  std::optional<Heads> k_, v_;
+  Int8View k_int8_ = {}, v_int8_ = {};
+  int64_t kv_heads_, keys_, dv_;
+};
+
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v,
                  const std::optional<Tensor>& mask, const std::optional<Tensor>& first_position,
-                 bool causal, int64_t window, double scale, double softcap) {
-  const Heads queries("q", q), keys("k", k), values("v", v);
-  check_heads(q, k, v);
+                 bool causal, int64_t window, double scale, double softcap,
+                 const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+  const Heads queries("q", q);
+  const KeysAndValues both(q, k, v, k_scale, v_scale);
   SLMOPS_CHECK(window >= 0, kOp, ": expected a window of 0 (none) or more, got ", window);
   SLMOPS_CHECK(std::isfinite(scale), kOp, ": expected a finite scale, got ", scale);
   SLMOPS_CHECK(softcap >= 0 && std::isfinite(softcap), kOp,
                ": expected a softcap of 0 (none) or a positive number, got ", softcap);
-  Tensor out = new_tensor({q.size(0), q.size(1), q.size(2), v.size(3)}, q.scalar_type());
-  AttentionArgs args = {.q = queries.view,
-                        .k = keys.view,
-                        .v = values.view,
-                        .k_blocked = false,
-                        .batch = q.size(0),
-                        .queries = q.size(1),
-                        .keys = k.size(1),
-                        .heads = q.size(2),
-                        .kv_heads = k.size(2),
-                        .d = q.size(3),
-                        .dv = v.size(3),
-                        .mask = nullptr,
-                        .mask_is_bool = false,
-                        .mask_type = DType::f32,
-                        .mask_batch_stride = 0,
-                        .mask_head_stride = 0,
-                        .mask_query_stride = 0,
-                        .first_position = nullptr,
-                        .causal = causal,
-                        .window = window,
-                        .scale = static_cast<float>(scale),
-                        .softcap = static_cast<float>(softcap),
-                        .block = 1,
-                        .blocks = 0,
-                        .splits = 0,
-                        .parts = nullptr,
-                        .out = out.mutable_data_ptr()};
+  Tensor out = new_tensor({q.size(0), q.size(1), q.size(2), both.dv()}, q.scalar_type());
+  AttentionArgs args = {};
+  args.q = queries.view;
+  args.batch = q.size(0);
+  args.queries = q.size(1);
+  args.heads = q.size(2);
+  args.d = q.size(3);
+  both.apply(&args);
+  args.causal = causal;
+  args.window = window;
+  args.scale = static_cast<float>(scale);
+  args.softcap = static_cast<float>(softcap);
+  args.block = 1;
+  args.out = out.mutable_data_ptr();
   const std::optional<Tensor> seen = set_mask(kOp, mask, &args);
   const std::optional<Tensor> first = set_first_position(first_position, &args);
   if (out.numel() == 0) return out;
@@ -179,7 +211,8 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v,
 STABLE_TORCH_LIBRARY_FRAGMENT(slmops, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? first_position, bool causal, "
-      "int window, float scale, float softcap=0.0) -> Tensor");
+      "int window, float scale, float softcap=0.0, Tensor? k_scale=None, Tensor? v_scale=None) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slmops, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }

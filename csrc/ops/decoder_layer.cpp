@@ -43,10 +43,13 @@ HeadsArgs heads_args(const LayerOptions& o, const HeadNorm& q, const HeadNorm& k
   args.norm_width[1] = k.width;
   const int64_t first_key = o.attention.keys - o.length;
   const auto new_slots = [&](const CacheView& cache) -> HeadsOut {
-    uint8_t* data = static_cast<uint8_t*>(cache.data);
-    if (cache.blocked) return {data, cache.batch_stride, 0, cache.head_stride, true, first_key};
-    return {data + first_key * cache.slot_stride * size_of(o.type), cache.batch_stride,
-            cache.slot_stride, cache.head_stride};
+    HeadsOut out = {cache.data,   cache.batch_stride, cache.slot_stride, cache.head_stride,
+                    cache.layout, first_key,          cache.int8};
+    if (cache.layout == HeadsLayout::plain) {
+      out.data =
+          static_cast<uint8_t*>(cache.data) + first_key * cache.slot_stride * size_of(o.type);
+    }
+    return out;
   };
   args.out[1] = new_slots(keys);
   args.out[2] = new_slots(values);
@@ -118,8 +121,11 @@ DecoderLayer::DecoderLayer(const Tensor* parts, const LayerOptions& o, const Cac
            .out_type = o.type},
       attention_(o.attention) {
   attention_.k = view_of(keys, o.type);
-  attention_.k_blocked = keys.blocked;
+  attention_.k_blocked = keys.layout == HeadsLayout::key_blocks;
   attention_.v = view_of(values, o.type);
+  attention_.is_int8 = keys.layout == HeadsLayout::int8_keys;
+  attention_.k_int8 = keys.int8;
+  attention_.v_int8 = values.int8;
 }
 
 int64_t DecoderLayer::cost() const {

@@ -59,12 +59,13 @@ struct HiddenNorm {
   NormWeight norm = {};
 };
 
-/// Keys or values of a layer: [batch][kv heads][slots][head_dim] of the type of x; or keys in
-/// blocks of 16 slots.
+/// Keys or values of a layer: [batch][kv heads][slots][head_dim] of the type of x; keys in blocks
+/// of 16 slots; or either as int8.
 struct CacheView {
   void* data;
   int64_t batch_stride, head_stride, slot_stride;  // in elements
-  bool blocked;
+  HeadsLayout layout;
+  Int8View int8 = {};
 };
 
 /// One layer; it may not move.

@@ -6,6 +6,7 @@
 #include <deque>
 
 #include "decoder_layer.h"
+#include "int8_heads.h"
 #include "text.h"
 
 namespace slmops {
@@ -53,7 +54,7 @@ CacheView plain_cache(const char* argument, const Tensor& t, const LayerOptions&
                kOp, ": expected ", argument, " of shape (", o.batch, ", ", o.heads[1],
                ", at least ", o.attention.keys, ", ", o.head_dim,
                "), its last dimension contiguous, got ", shape(t));
-  return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2), false};
+  return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2), HeadsLayout::plain};
 }
 
 /// Keys in blocks of 16 slots: [batch, heads, blocks, head_dim, 16].
@@ -66,7 +67,7 @@ CacheView blocked_cache(const Tensor& t, const LayerOptions& o) {
                kOp, ": expected blocks of keys of shape (", o.batch, ", ", o.heads[1],
                ", at least ", (o.attention.keys + kKeyBlock - 1) / kKeyBlock, ", ", o.head_dim,
                ", ", kKeyBlock, "), those of a head contiguous, got ", shape(t));
-  return {t.mutable_data_ptr(), t.stride(0), t.stride(1), 0, true};
+  return {t.mutable_data_ptr(), t.stride(0), t.stride(1), 0, HeadsLayout::key_blocks};
 }
 
 CacheView cache_view(const char* argument, const Tensor& t, const LayerOptions& o) {
@@ -76,11 +77,34 @@ CacheView cache_view(const char* argument, const Tensor& t, const LayerOptions& 
   return blocked ? blocked_cache(t, o) : plain_cache(argument, t, o);
 }
 
+/// Both of layer `layer`, of `parts` tensors each: keys, values, and for int8 their scales.
+struct LayerCache {
+  CacheView keys, values;
+};
+LayerCache layer_cache(const std::vector<Tensor>& cache, size_t parts, size_t layer,
+                       const LayerOptions& o) {
+  const Tensor* tensors = &cache[parts * layer];
+  if (parts == 2) {
+    return {cache_view(kKeys, tensors[0], o), cache_view("values", tensors[1], o)};
+  }
+  const auto view = [&](const char* argument, int i, HeadsLayout layout) {
+    const bool values = layout == HeadsLayout::int8_values;
+    const Int8Sizes sizes = {o.batch, o.heads[1], o.head_dim, o.attention.keys, values, true};
+    return CacheView{.data = nullptr,
+                     .batch_stride = 0,
+                     .head_stride = 0,
+                     .slot_stride = 0,
+                     .layout = layout,
+                     .int8 = int8_view(kOp, argument, tensors[i], tensors[i + 2], sizes)};
+  };
+  return {view(kKeys, 0, HeadsLayout::int8_keys), view("values", 1, HeadsLayout::int8_values)};
+}
+
 /// One for the layers of a call without a cache, all in the same memory.
 CacheView own_cache(const LayerOptions& o, Scratch* scratch) {
   const int64_t slots = o.length * o.head_dim;
   const int64_t bytes = o.batch * o.heads[1] * slots * size_of(o.type);
-  return {scratch->take<uint8_t>(bytes), o.heads[1] * slots, slots, o.head_dim, false};
+  return {scratch->take<uint8_t>(bytes), o.heads[1] * slots, slots, o.head_dim, HeadsLayout::plain};
 }
 
 /// The mask of the first `keys` slots; a static cache has more.
@@ -104,9 +128,10 @@ Tensor decoder_layers(const Tensor& x, const std::vector<Tensor>& weights,
                ": expected weights to be a list of ", size_t{kLayerParts},
                " tensors for each layer, got ", weights.size());
   const size_t count = weights.size() / kLayerParts;
-  SLMOPS_CHECK(cache.empty() || cache.size() == 2 * count, kOp,
+  const size_t parts = cache.size() / count;
+  SLMOPS_CHECK((parts == 0 || parts == 2 || parts == 4) && cache.size() == parts * count, kOp,
                ": expected cache to be keys and values of each of ", count,
-               " layers, or empty, got ", cache.size(), " tensors");
+               " layers, with two scales each for int8, or empty, got ", cache.size(), " tensors");
   SLMOPS_CHECK(heads.size() == 3 && heads[0] > 0 && heads[1] > 0 && heads[1] == heads[2] &&
                    heads[0] % heads[1] == 0,
                kOp, ": expected heads (q, k, v) with as many of k as of v, and of q a multiple");
@@ -165,15 +190,13 @@ Tensor decoder_layers(const Tensor& x, const std::vector<Tensor>& weights,
 
   Scratch scratch;
   const bool kept = !cache.empty();
-  const CacheView none = {};
-  const CacheView own_keys = kept ? none : own_cache(options, &scratch);
-  const CacheView own_values = kept ? none : own_cache(options, &scratch);
+  LayerCache own = {};
+  if (!kept) own = {own_cache(options, &scratch), own_cache(options, &scratch)};
   std::deque<DecoderLayer> layers;
   int64_t cost = 0;
   for (size_t i = 0; i < count; ++i) {
-    const CacheView keys = kept ? cache_view(kKeys, cache[2 * i], options) : own_keys;
-    const CacheView values = kept ? cache_view("values", cache[2 * i + 1], options) : own_values;
-    layers.emplace_back(&weights[i * kLayerParts], options, keys, values);
+    const LayerCache both = kept ? layer_cache(cache, parts, i, options) : own;
+    layers.emplace_back(&weights[i * kLayerParts], options, both.keys, both.values);
     cost += layers.back().cost() * options.rows();
   }
   if (out.numel() == 0) return out;

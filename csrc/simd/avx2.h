@@ -62,6 +62,18 @@ inline Mask is_nan(F32 x) {
 inline F32 swap_pairs(F32 x) {
   return {_mm256_permute_ps(x.a, 0xb1), _mm256_permute_ps(x.b, 0xb1)};
 }
+inline float reduce_add(F32 x) {
+  const __m256 y = _mm256_add_ps(x.a, x.b);
+  __m128 z = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+  z = _mm_add_ps(z, _mm_movehl_ps(z, z));
+  return _mm_cvtss_f32(_mm_add_ss(z, _mm_movehdup_ps(z)));
+}
+inline float reduce_max(F32 x) {
+  const __m256 y = _mm256_max_ps(x.a, x.b);
+  __m128 z = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+  z = _mm_max_ps(z, _mm_movehl_ps(z, z));
+  return _mm_cvtss_f32(_mm_max_ss(z, _mm_movehdup_ps(z)));
+}
 /// Writes the 8 x 8 floats of in[0..7], transposed, to out[0..7].
 inline void transpose8(const __m256 (&in)[8], __m256 (&out)[8]) {
   __m256 t[8], r[8];

@@ -67,6 +67,20 @@ inline F32 select(Mask m, F32 x, F32 y) { return {_mm512_mask_blend_ps(m, y.v, x
 inline F32 sqrt(F32 x) { return {_mm512_sqrt_ps(x.v)}; }
 inline Mask is_nan(F32 x) { return _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q); }
 inline F32 swap_pairs(F32 x) { return {_mm512_permute_ps(x.v, 0xb1)}; }
+/// op of lanes 8 apart, then 4, 2, 1.
+template <class Op>
+inline float reduce(F32 x, const Op& op) {
+  x = op(x, F32{_mm512_shuffle_f32x4(x.v, x.v, 0x4e)});
+  x = op(x, F32{_mm512_shuffle_f32x4(x.v, x.v, 0xb1)});
+  x = op(x, F32{_mm512_permute_ps(x.v, 0x4e)});
+  return _mm512_cvtss_f32(op(x, swap_pairs(x)).v);
+}
+inline float reduce_add(F32 x) {
+  return reduce(x, [](F32 a, F32 b) { return a + b; });
+}
+inline float reduce_max(F32 x) {
+  return reduce(x, [](F32 a, F32 b) { return max(a, b); });
+}
 inline void transpose(F32 (&x)[16]) {
   __m512 t[16], r[16];
   for (int i = 0; i < 16; i += 2) {

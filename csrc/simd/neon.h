@@ -77,6 +77,14 @@ inline F32 select(Mask m, F32 x, F32 y) { SLMOPS_QUARTERS(F32, vbslq_f32(m.q[i],
 inline F32 sqrt(F32 x) { SLMOPS_QUARTERS(F32, vsqrtq_f32(x.q[i])); }
 inline Mask is_nan(F32 x) { SLMOPS_QUARTERS(Mask, vmvnq_u32(vceqq_f32(x.q[i], x.q[i]))); }
 inline F32 swap_pairs(F32 x) { SLMOPS_QUARTERS(F32, vrev64q_f32(x.q[i])); }
+inline float reduce_add(F32 x) {
+  const float32x4_t eights = vaddq_f32(vaddq_f32(x.q[0], x.q[2]), vaddq_f32(x.q[1], x.q[3]));
+  const float32x2_t twos = vadd_f32(vget_low_f32(eights), vget_high_f32(eights));
+  return vget_lane_f32(vpadd_f32(twos, twos), 0);
+}
+inline float reduce_max(F32 x) {
+  return vmaxnmvq_f32(vmaxnmq_f32(vmaxnmq_f32(x.q[0], x.q[1]), vmaxnmq_f32(x.q[2], x.q[3])));
+}
 /// Lane i of rows[j] becomes lane j of columns[i].
 inline void transpose4(const float32x4_t (&rows)[4], float32x4_t (&columns)[4]) {
   const float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(rows[0], rows[1]));

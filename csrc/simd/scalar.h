@@ -162,6 +162,19 @@ inline F32 swap_pairs(F32 a) {
   SLMOPS_LANES(r.v[i] = a.v[i ^ 1]);
 }
 
+/// The sum of lanes: those 8 apart are added, then 4, 2, 1.
+inline float reduce_add(F32 a) {
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    for (int i = 0; i < distance; ++i) a.v[i] = a.v[i] + a.v[i + distance];
+  }
+  return a.v[0];
+}
+/// Not for NaN, nor where the sign of a zero matters.
+inline float reduce_max(F32 a) {
+  for (int i = 1; i < kLanes; ++i) a.v[0] = a.v[i] > a.v[0] ? a.v[i] : a.v[0];
+  return a.v[0];
+}
+
 /// Lane i of x[j] becomes lane j of x[i].
 inline void transpose(F32 (&x)[16]) {
   for (int i = 0; i < kLanes; ++i) {

@@ -132,6 +132,7 @@ inline __m512 _mm512_fnmadd_ps(__m512 a, __m512 b, __m512 c) {
   return avx512_emulation::map(a, b, c,
                                [](float x, float y, float z) { return std::fmaf(-x, y, z); });
 }
+inline float _mm512_cvtss_f32(__m512 a) { return a.v[0]; }
 // The second operand where one is NaN or both are zeros.
 inline __m512 _mm512_min_ps(__m512 a, __m512 b) {
   return avx512_emulation::map(a, b, [](float x, float y) { return x < y ? x : y; });

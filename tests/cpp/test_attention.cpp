@@ -58,6 +58,40 @@ struct BlockedKeys {
   HeadView view;
 };
 
+/// The same keys or values as int8, by `kernels`; blocks that nothing was stored in are 0xff.
+struct Int8Heads {
+  Int8Heads(const KernelTable& kernels, const RandomHeads& x, const AttentionArgs& args,
+            bool values)
+      : codes((args.keys + kKeyBlock - 1) / kKeyBlock * kKeyBlock * args.batch * args.kv_heads *
+                  padded_head(args.d),
+              1),
+        scale(args.batch * args.kv_heads * args.keys) {
+    std::fill_n(codes.data(), codes.count(), uint8_t{0xff});
+    const int64_t head = (args.keys + kKeyBlock - 1) / kKeyBlock * kKeyBlock * padded_head(args.d);
+    view = {.codes = codes.data(),
+            .batch_stride = args.kv_heads * head,
+            .head_stride = head,
+            .scale = scale.data(),
+            .scale_batch_stride = args.kv_heads * args.keys,
+            .scale_head_stride = args.keys};
+    const StoreArgs store = {.x = x.data.data(),
+                             .type = x.view.type,
+                             .batch_stride = x.view.batch_stride,
+                             .length_stride = x.view.length_stride,
+                             .head_stride = x.view.head_stride,
+                             .length = args.keys,
+                             .heads = args.kv_heads,
+                             .d = args.d,
+                             .out = view,
+                             .values = values,
+                             .first_slot = 0};
+    kernels.store_int8(store, 0, args.batch * args.keys * args.kv_heads);
+  }
+  Block<uint8_t> codes;
+  Block<float> scale;
+  Int8View view;
+};
+
 /// The result in one thread, in blocks of `block` queries.
 void run(const KernelTable& kernels, AttentionArgs args, int64_t block, bool apart, uint8_t* out) {
   args.block = std::min(block, args.queries);
@@ -84,7 +118,8 @@ void test_attention(Random& random) {
   const int64_t group = random.pick({1, 2, 3, 5, 9});
   args.heads = args.kv_heads * group;
   args.d = random.integer(1, 40);
-  args.dv = random.chance(50) ? args.d : random.pick({1, 8, 16, 32, 40});
+  args.is_int8 = random.chance(40);
+  args.dv = args.is_int8 || random.chance(50) ? args.d : random.pick({1, 8, 16, 32, 40});
   const int special = random.pick({0, 0, 1, 20});
   const DType type = random.pick(kTypes), kv_type = random.pick(kTypes);
   const RandomHeads q(random, type, args.batch, args.queries, args.heads, args.d, special);
@@ -115,6 +150,16 @@ void test_attention(Random& random) {
   args.scale = 0.3f;
   args.softcap = random.pick({0.0f, 0.0f, 2.0f});
 
+  const Int8Heads k_int8(*scalar_row().kernels, k, args, false);
+  const AttentionArgs of_values = [&] {
+    AttentionArgs changed = args;
+    changed.d = args.dv;
+    return changed;
+  }();
+  const Int8Heads v_int8(*scalar_row().kernels, v, of_values, true);
+  args.k_int8 = k_int8.view;
+  args.v_int8 = v_int8.view;
+
   const int64_t bytes = args.batch * args.queries * args.heads * args.dv * size_of(type);
   Block<uint8_t> expected(bytes, 1);
   run(*scalar_row().kernels, args, args.queries, false, expected.data());
@@ -125,13 +170,17 @@ void test_attention(Random& random) {
       const int64_t block = random.integer(1, 12);
       args.k_blocked = random.chance(50);
       args.k = args.k_blocked ? blocked.view : k.view;
+      const Int8Heads own(*row.kernels, k, args, false);
+      EXPECT(own.codes.same_bits(k_int8.codes) && own.scale.same_bits(k_int8.scale),
+             "store_int8 of %lld keys, d %lld, %s", static_cast<long long>(args.keys),
+             static_cast<long long>(args.d), row.name);
       run(*row.kernels, args, block, apart, got.data());
       EXPECT(got.same_bits(expected),
              "attention of %lld queries in blocks of %lld, %lld keys, d %lld, %lld, apart %d, "
-             "keys in blocks %d, %s",
+             "keys in blocks %d, int8 %d, %s",
              static_cast<long long>(args.queries), static_cast<long long>(block),
              static_cast<long long>(args.keys), static_cast<long long>(args.d),
-             static_cast<long long>(args.dv), apart, args.k_blocked, row.name);
+             static_cast<long long>(args.dv), apart, args.k_blocked, args.is_int8, row.name);
     }
   };
   check(scalar_row());

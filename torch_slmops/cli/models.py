@@ -87,6 +87,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--act-group", type=int, choices=(32, 64, 128, -1))
     group.add_argument("--include", action="append", metavar="PATTERN", help="layers to pack")
     group.add_argument("--exclude", action="append", metavar="PATTERN", help="layers to leave")
+    group.add_argument("--kv-cache", choices=("int8",), help="keys and values in half the memory")
     group.add_argument("--no-fuse", action="store_true", help="only replace layers one by one")
     group.add_argument("--strict", action="store_true", help="fail if anything would be left")
     group.add_argument(
@@ -312,7 +313,7 @@ def _quantization(args: argparse.Namespace) -> dict[str, Any] | None:
         make_formats(**formats)
     except (ValueError, TypeError) as error:
         raise UserError(str(error), USAGE) from error
-    chosen = {"include": args.include, "exclude": args.exclude}
+    chosen = {"include": args.include, "exclude": args.exclude, "kv_cache": args.kv_cache}
     return formats | chosen | {"fuse": not args.no_fuse, "strict": args.strict}
 
 

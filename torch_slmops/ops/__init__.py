@@ -9,6 +9,7 @@ from torch_slmops.ops.attention import attention
 from torch_slmops.ops.common import refuse_gradient
 from torch_slmops.ops.decoder import LAYER_PARTS, decoder_layers
 from torch_slmops.ops.fused import qkv_rotary, swiglu
+from torch_slmops.ops.int8_heads import int8_shape, read_int8, store_int8_
 from torch_slmops.ops.linear import embedding, linear
 from torch_slmops.ops.vector import add_rms_norm, rms_norm, rotary, rotary_table
 from torch_slmops.ops.weights import (
@@ -32,15 +33,18 @@ __all__ = [
     "decoder_layers",
     "describe",
     "embedding",
+    "int8_shape",
     "linear",
     "pack_",
     "packed_bytes",
     "qkv_rotary",
     "quantize",
+    "read_int8",
     "refuse_gradient",
     "rms_norm",
     "rotary",
     "rotary_table",
+    "store_int8_",
     "swiglu",
     "unpack",
 ]

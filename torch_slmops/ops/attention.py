@@ -19,6 +19,8 @@ def attention(
     window: int,
     scale: float,
     softcap: float = 0.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """out[b, i, h] = sum over j of p[j] v[b, j, h / (Hq / Hk)], p = softmax(q k^T * scale + mask).
 
@@ -40,13 +42,18 @@ def attention(
         window: Keys that a query may see up to its own slot; 0 for all.
         scale: Factor of q k^T, as a float32.
         softcap: Scores become softcap * tanh(score / softcap) before the mask; 0 leaves them.
+        k_scale, v_scale: float32 [B, Hk, Lk], where `k` and `v` are the int8 codes that
+            `store_int8_` made, in their layout; Dv is then D. Queries are rounded to int8 per head
+            too, p to 14 bits per split: both products are exact integer dots.
 
     Returns:
         [B, Lq, Hq, Dv], contiguous, with the dtype of `q`.
     """
     for x in (q, k, v):
         check_gradient("attention", x)
-    y: Tensor = OPS.attention.default(q, k, v, mask, first_position, causal, window, scale, softcap)
+    y: Tensor = OPS.attention.default(
+        q, k, v, mask, first_position, causal, window, scale, softcap, k_scale, v_scale
+    )
     return y
 
 
@@ -61,10 +68,12 @@ def _attention_fake(
     window: int,
     scale: float,
     softcap: float = 0.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     same_device("attention", "q", q, k, "k")
     same_device("attention", "q", q, v, "v")
-    return q.new_empty((*q.shape[:3], v.shape[3]))
+    return q.new_empty(q.shape if k_scale is not None else (*q.shape[:3], v.shape[3]))
 
 
 refuse_devices("attention")

@@ -68,8 +68,9 @@ def decoder_layers(
         cache: For each layer keys and values, [B, Hk, S, D] of the dtype of x, whose last dimension
             is contiguous. The new ones are written to slots `start` to `start + L`. Keys may lie in
             blocks of 16 slots instead, [B, Hk, blocks, D, 16], element [.., i, :, j] that of slot
-            16 i + j: attention reads these without transposing them. Or empty: then no keys are
-            kept, and `start` is 0.
+            16 i + j: attention reads these without transposing them. Or int8: four tensors for each
+            layer, the codes of keys and of values as `store_int8_` fills them, then their scales.
+            Or empty: then no keys are kept, and `start` is 0.
         start: int64 of one element: how many keys the cache holds.
         cos, sin, interleaved: As in `qkv_rotary`.
         mask: As in `attention`, over at least the `start + L` keys; None: causal.

@@ -19,6 +19,7 @@ from torch_slmops.reference.compute import embedding, linear, quantize_rows
 from torch_slmops.reference.decoder import decoder_layers
 from torch_slmops.reference.functions import activate
 from torch_slmops.reference.fused import qkv_rotary, swiglu
+from torch_slmops.reference.int8_heads import store_int8_
 from torch_slmops.reference.layout import pack, unpack
 from torch_slmops.reference.rms_norm import add_rms_norm, rms_norm
 from torch_slmops.reference.rotary import rotary, rotary_table
@@ -41,6 +42,7 @@ __all__ = [
     "rotary",
     "rotary_table",
     "round_to",
+    "store_int8_",
     "swiglu",
     "to_bf16",
     "to_f16",

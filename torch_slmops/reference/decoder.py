@@ -11,6 +11,7 @@ from torch_slmops.reference.arithmetic import round_to
 from torch_slmops.reference.attention import attention
 from torch_slmops.reference.compute import linear
 from torch_slmops.reference.fused import qkv_rotary, swiglu
+from torch_slmops.reference.int8_heads import store_int8_
 from torch_slmops.reference.rms_norm import rms_norm
 
 __all__ = ["decoder_layers"]
@@ -58,6 +59,7 @@ def decoder_layers(
             branch = round_to(branch.float() * factor, x.dtype)
         return round_to(y.float() + branch.float(), x.dtype)
 
+    parts = len(cache) // (len(weights) // _PARTS)
     for i in range(len(weights) // _PARTS):
         (
             pre_attention,
@@ -89,9 +91,12 @@ def decoder_layers(
             sin,
             interleaved,
         )
-        if cache:
+        scales: Sequence[Tensor] = ()
+        if parts == 4:
+            k, v, *scales = _stored_int8(cache[4 * i : 4 * i + 4], (k, v), keys)
+        elif parts == 2:
             k, v = (_stored(cache[2 * i + j], part, keys) for j, part in enumerate((k, v)))
-        y = attention(q, k, v, seen, first, mask is None, 0, scale, softcap).flatten(2)
+        y = attention(q, k, v, seen, first, mask is None, 0, scale, softcap, *scales).flatten(2)
         y = linear(y, output, x.shape[2], _or_none(output_bias), None, x.dtype)
         x = add(x, norm(y, post_attention))
         y = swiglu(
@@ -123,3 +128,10 @@ def _stored(cache: Tensor, part: Tensor, keys: int) -> Tensor:
     blocks = slots.reshape(*cache.shape[:3], cache.shape[4], cache.shape[3])
     cache.copy_(blocks.transpose(3, 4))
     return slots[:, :, :keys].transpose(1, 2)
+
+
+def _stored_int8(cache: Sequence[Tensor], new: tuple[Tensor, Tensor], keys: int) -> list[Tensor]:
+    """Codes of keys and of values and both scales, after the new ones have been written."""
+    for part, codes, scale, values in zip(new, cache[:2], cache[2:], (False, True), strict=True):
+        store_int8_(part, codes, scale, keys - part.shape[1], values)
+    return [*cache[:2], *(scale[:, :, :keys] for scale in cache[2:])]

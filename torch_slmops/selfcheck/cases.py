@@ -204,6 +204,24 @@ def _attentions() -> Iterator[Case]:
             yield _call("attention", q, k, v, mask, first, False, 7, 0.25, 30.0)
             bias = numbers.values(1, 4, queries, keys)
             yield _call("attention", q, k, v, bias, None, True, 0, 0.25)
+            for x, values in ((k, False), (v, True)):
+                yield _stored(x, values)
+            codes, scales = zip(*(_int8(reference, x, x is v) for x in (k, v)), strict=True)
+            options = (True, 0, 0.25, 0.0, *scales)
+            yield _call("attention", q, *codes, None, first, *options)
+
+
+def _int8(compute: Any, x: Tensor, values: bool) -> tuple[Tensor, Tensor]:
+    """Keys or values [B, L, H, D] as int8: codes, and scales [B, H, L]."""
+    batch, length, heads, d = x.shape
+    shape = (batch, heads, *ops.int8_shape(length, d, values))
+    codes, scale = torch.zeros(shape, dtype=torch.uint8), torch.zeros(batch, heads, length)
+    compute.store_int8_(x, codes, scale, 0, values)
+    return codes, scale
+
+
+def _stored(x: Tensor, values: bool) -> Case:
+    return Case("store_int8_", lambda: _int8(ops, x, values), lambda: _int8(reference, x, values))
 
 
 def _layers() -> Iterator[Case]:
@@ -221,6 +239,11 @@ def _layers() -> Iterator[Case]:
         inputs = (x, weights, cache, torch.tensor(start), cos, sin, None, None)
         sizes = ([4, 2, 2], 16, 96, "silu", 1e-5, 0.0, True, 1e-6, 0.0, False, 0.25)
         yield _cached_call(inputs + sizes)
+        heads = [numbers.values(2, 24, 2, 16) for _ in range(2 * len(formats))]
+        pairs = [_int8(reference, x, i % 2 == 1) for i, x in enumerate(heads)]
+        parts = [(*pair, *other) for pair, other in zip(pairs[::2], pairs[1::2], strict=True)]
+        int8 = [part for k, k_scale, v, v_scale in parts for part in (k, v, k_scale, v_scale)]
+        yield _cached_call((*inputs[:2], int8, *inputs[3:], *sizes))
 
 
 def _layer(fmt: _Format, numbers: Numbers, dtype: torch.dtype) -> list[Tensor]:

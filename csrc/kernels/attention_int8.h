@@ -1,0 +1,213 @@
+// Attention on int8 keys and values. Both products are exact integer dots: q k^T of the codes, and
+// p v of the codes of v with p times the scale of v, rounded to 14 bits per row and split.
+//
+// The codes of p are two of 7 bits, as the dots of the contract multiply bytes: first the high ones
+// are summed, then, 128 times that, the low ones on top.
+#pragma once
+#include "attention_softmax.h"
+#include "int8_heads.h"
+
+namespace slmops::SLMOPS_ISA {
+namespace {
+
+constexpr float kTopWeight = 16383.0f;           // of the codes of p
+constexpr int32_t kTinyWeightBits = 0x0d800000;  // 2^-100: below it all of a row's are 0
+
+/// w.int8.q = the codes of the item's queries.
+inline void round_queries(const AttentionArgs& args, const Item& item, const Workspace& w) {
+  for (int64_t row = 0; row < item.rows(); ++row) {
+    const HeadRows q = head_rows(args.q, item.b, item.kv_head * item.group + row % item.group);
+    const RoundedHead head = round_head(q.at(item.query + row / item.group), q.type, args.d,
+                                        w.int8.q + row * kCodeStride);
+    w.int8.factor[row] = head.scale * args.scale;
+    w.int8.preset[row] = (kDot8Bias - 128) * head.sum;
+  }
+}
+
+/// A split of keys and values: from the block of 16 slots on that its first seen slot is in.
+struct Int8Split {
+  const uint8_t* keys;
+  const uint8_t* values;
+  int64_t shift;  // slot j of the blocks is at position j - shift of the split
+  int64_t width;  // padded_head(d)
+};
+
+/// That of positions `seen`, whose scales go to w.
+inline Int8Split find_int8(const AttentionArgs& args, const Item& item, int64_t first, Range seen,
+                           const Workspace& w) {
+  const int64_t slot = first + seen.begin;  // not negative: there are keys in `seen`
+  const int64_t from = slot / kKeyBlock * kKeyBlock, width = padded_head(args.d);
+  const auto place = [&](const Int8View& x, float* scale) {
+    const int64_t row = item.b * x.scale_batch_stride + item.kv_head * x.scale_head_stride;
+    memcpy(scale + seen.begin, x.scale + row + slot,
+           static_cast<size_t>(seen.end - seen.begin) * sizeof(float));
+    return x.codes + item.b * x.batch_stride + item.kv_head * x.head_stride + from * width;
+  };
+  return {place(args.k_int8, w.int8.k_scale), place(args.v_int8, w.int8.v_scale), first - from,
+          width};
+}
+
+/// sum[r][j] += the dots of 16 * count codes of row r with lines: `step` bytes to the next 4 codes,
+/// `next` bytes to those of the next vector.
+template <int kRows, int kVectors>
+SLMOPS_INLINE void add_dots(const int8_t* codes, int64_t stride, const uint8_t* lines, int64_t step,
+                            int64_t next, int64_t count, I32 (&sum)[kRows][kVectors]) {
+  for (int64_t i = 0; i < count; ++i, codes += kLanes) {
+    Codes a[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) a[r] = load_codes(codes + r * stride);
+#pragma GCC unroll 4
+    for (int quad = 0; quad < 4; ++quad, lines += step) {
+      Bytes x[kVectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) x[j] = bytes(load_line(lines + j * next));
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) sum[r][j] = dot8(sum[r][j], x[j], a[r], quad);
+      }
+    }
+  }
+}
+
+/// scores[row][j - shift] = dots of q and k times the scale of k and the factor of q, for slots j
+/// in [begin, end), whole blocks.
+template <int kRows>
+inline void int8_key_products(const Int8Split& both, int64_t row, int64_t begin, int64_t end,
+                              const Workspace& w) {
+  const int8_t* q = w.int8.q + row * kCodeStride;
+  const int32_t* preset = w.int8.preset + row;
+  const float* factor = w.int8.factor + row;
+  const int64_t width = both.width;
+  for_vectors<vectors_of(kRows)>(begin, end, [&](int64_t i, auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    I32 sum[kRows][kVectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sum[r][j] = splat_i32(preset[r]);
+    }
+    add_dots(q, kCodeStride, both.keys + i * width, 4 * kKeyBlock, kKeyBlock * width,
+             width / kLanes, sum);
+    const int64_t position = i - both.shift;
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      const F32 scale = load(w.int8.k_scale + position + j * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        store(w.scores + r * kScoreStride + position + j * kLanes,
+              to_f32(sum[r][j]) * scale * splat(factor[r]));
+      }
+    }
+  });
+}
+
+/// Scores to p = exp(s - max), max and sum into `part`, and p times the scale of v in place.
+/// Returns the bits of the largest of these, those of a NaN where a score is +inf or NaN.
+inline int32_t int8_softmax(Range blocks, const float* v_scale, float* s, float* part) {
+  const float m = largest_score(blocks, s);
+  part[0] = m;
+  if (m == -kInfinity) return 0;
+  if (m == kInfinity) {
+    part[1] = kNan;
+    return kInfinityBits;
+  }
+  const F32 zero = splat(0.0f);
+  F32 sums = zero;
+  I32 most = splat_i32(0);
+  for (int64_t i = blocks.begin; i < blocks.end; i += kLanes) {
+    const F32 p = exp_below(load(s + i) - splat(m));
+    sums = sums + p;
+    const F32 weight = select(zero < p, p * load(v_scale + i), zero);
+    store(s + i, weight);
+    most = max(most, bits_of(weight) & splat_i32(0x7fffffff));
+  }
+  part[1] = reduce_add(sums);
+  return reduce_max(most);
+}
+
+/// The codes of weights in 0 .. those of `most_bits`, at slots: position plus shift.
+inline void round_weights(Range blocks, Range slots, int64_t shift, int32_t most_bits,
+                          const float* weights, int64_t row, const Int8Workspace& w) {
+  int8_t* high = w.high + row * kScoreStride;
+  int8_t* low = w.low + row * kScoreStride;
+  const bool zero = most_bits < kTinyWeightBits || most_bits >= kInfinityBits;
+  // What of the blocks of slots is in no block of positions is at their ends.
+  memset(high + slots.begin, 0, kLanes);
+  memset(low + slots.begin, 0, kLanes);
+  memset(high + slots.end - kLanes, 0, kLanes);
+  memset(low + slots.end - kLanes, 0, kLanes);
+  float most;
+  memcpy(&most, &most_bits, sizeof(most));
+  w.value_factor[row] = most_bits >= kInfinityBits ? kNan : zero ? 0.0f : most / kTopWeight;
+  const F32 r = splat(zero ? 0.0f : kTopWeight / most);
+  I32 high_sum = splat_i32(0), low_sum = high_sum;
+  for (int64_t i = blocks.begin; i < blocks.end; i += kLanes) {
+    const I32 code = zero ? splat_i32(0) : round(load(weights + i) * r);
+    const I32 top = shift_right<7>(code), rest = code & splat_i32(127);
+    store_i8(high + i + shift, top);
+    store_i8(low + i + shift, rest);
+    high_sum = high_sum + top;
+    low_sum = low_sum + rest;
+  }
+  w.high_preset[row] = (kDot8Bias - 128) * reduce_add(high_sum);
+  w.low_preset[row] = (kDot8Bias - 128) * reduce_add(low_sum);
+}
+
+/// w.parts[row] = sum of the codes of p and v over slots [begin, end), whole blocks, times the
+/// row's factor.
+template <int kRows>
+inline void int8_value_products(const Int8Split& both, int64_t begin, int64_t end,
+                                const Workspace& w) {
+  const int64_t width = both.width, step = 4 * width, count = (end - begin) / kLanes;
+  for_vectors<vectors_of(kRows)>(0, width, [&](int64_t e, auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    const uint8_t* lines = both.values + begin * width + e * 4;
+    I32 sum[kRows][kVectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sum[r][j] = splat_i32(w.int8.high_preset[r]);
+    }
+    add_dots(w.int8.high + begin, kScoreStride, lines, step, 4 * kLanes, count, sum);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const I32 preset = splat_i32(w.int8.low_preset[r]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sum[r][j] = shift_left<7>(sum[r][j]) + preset;
+    }
+    add_dots(w.int8.low + begin, kScoreStride, lines, step, 4 * kLanes, count, sum);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const F32 factor = splat(w.int8.value_factor[r]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        store(w.parts + r * w.part + kLanes + e + j * kLanes, to_f32(sum[r][j]) * factor);
+      }
+    }
+  });
+}
+
+/// As split_rows, of int8.
+inline void int8_split_rows(const AttentionArgs& args, const Item& item, int64_t first,
+                            const Int8Split& both, int64_t row, int64_t count, const Workspace& w) {
+  const Range seen = join(w, row, count);
+  for (int64_t i = 0; i < count; ++i) w.parts[i * w.part] = -kInfinity;
+  if (seen.begin >= seen.end) return;
+  const Range blocks = whole_blocks(seen);
+  const Range slots = whole_blocks({seen.begin + both.shift, seen.end + both.shift});
+  with_rows(count, [&](auto rows) {
+    constexpr int kRows = decltype(rows)::value;
+    int8_key_products<kRows>(both, row, slots.begin, slots.end, w);
+    for (int64_t i = 0; i < count; ++i) {
+      float* s = w.scores + i * kScoreStride;
+      mask_scores(args, item, row + i, first, blocks, w, s);
+      const int32_t most = int8_softmax(blocks, w.int8.v_scale, s, w.parts + i * w.part);
+      round_weights(blocks, slots, both.shift, most, s, i, w.int8);
+    }
+    int8_value_products<kRows>(both, slots.begin, slots.end, w);
+  });
+}
+
+}  // namespace
+}  // namespace slmops::SLMOPS_ISA
