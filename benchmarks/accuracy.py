@@ -47,6 +47,7 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     "per 128": {"act_group": 128},
     "per token": {"act_group": -1},
     "float": {"activations": "float"},
+    "float_fast": {"activations": "float_fast"},
 }
 BUDGETS = (0.01, 0.005, 0.002, 0.001, 0.0005)
 

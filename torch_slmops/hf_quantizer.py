@@ -52,7 +52,7 @@ class SlmopsConfig(QuantizationConfigMixin):
         scale_kind: Literal["sub16", "group"] | None = None,
         group_size: int | None = None,
         symmetric: bool = True,
-        activations: Literal["int8", "float"] = "int8",
+        activations: Literal["int8", "float", "float_fast"] = "int8",
         act_group: int | None = None,
         lm_head: Literal["int4", "int8"] | None = "int8",
         include: str | Iterable[str] | None = None,

@@ -49,7 +49,7 @@ def optimize(
     scale_kind: Literal["sub16", "group"] | None = None,
     group_size: int | None = None,
     symmetric: bool = True,
-    activations: Literal["int8", "float"] | None = None,
+    activations: Literal["int8", "float", "float_fast"] | None = None,
     act_group: int | None = None,
     lm_head: Literal["int4", "int8"] | None = "int8",
     include: Patterns | None = None,
@@ -91,7 +91,9 @@ def optimize(
             are (weight-only quantization; slower for many tokens). By default int8, except for
             layers whose inputs have outliers that take the resolution of their group, as a forward
             of 48 random tokens shows (of the first calibration batch, if there is one): these get
-            groups of 32 inputs if that helps, else float activations.
+            groups of 32 inputs if that helps, else float activations. "float_fast" rounds them to
+            bfloat16 and multiplies by whatever is fastest here: bfloat16 dots, for many tokens
+            torch's matrix product; not the same bits everywhere (docs/arithmetic.md has the bound).
         act_group: Inputs that share an activation scale, 32, 64, 128 or -1 (all); by default
             whatever suits the layer, see `QuantizedWeight.pack`.
         lm_head: The codes of the embeddings and of the output layer (the model's
@@ -294,8 +296,10 @@ def make_formats(
     if lm_head is not None and lm_head not in _BITS:
         raise ValueError(f'optimize: expected lm_head "int4", "int8" or None, got {lm_head!r}')
     activations = activations or "int8"
-    if activations not in ("int8", "float"):
-        raise ValueError(f'optimize: expected activations "int8" or "float", got {activations!r}')
+    if activations not in ("int8", "float", "float_fast"):
+        raise ValueError(
+            f'optimize: expected activations "int8", "float" or "float_fast", got {activations!r}'
+        )
     if act_group not in (None, 32, 64, 128, -1):
         raise ValueError(f"optimize: expected act_group 32, 64, 128 or -1, got {act_group!r}")
 

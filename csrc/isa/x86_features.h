@@ -25,7 +25,7 @@ inline bool ask_for_tiles() {
 inline uint32_t permitted(uint32_t features) {
   constexpr uint32_t kTiles = kAmxTile | kAmxInt8;
   const bool asked = (features & kTiles) == kTiles;
-  return asked && ask_for_tiles() ? features : features & ~kTiles;
+  return asked && ask_for_tiles() ? features : features & ~(kTiles | kAmxBf16);
 }
 
 inline uint32_t x86_features() {
@@ -44,10 +44,14 @@ inline uint32_t x86_features() {
   unsigned a, b, c, d;
   const bool avx = __builtin_cpu_supports("avx");
   if (__get_cpuid(1, &a, &b, &c, &d) != 0 && avx && (c & bit_F16C) != 0) found |= kF16c;
-  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && avx && (a & 1u << 4) != 0) found |= kAvxVnni;
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && avx) {
+    if ((a & 1u << 4) != 0) found |= kAvxVnni;
+    if ((a & 1u << 5) != 0 && (found & kAvx512f) != 0) found |= kAvx512bf16;
+  }
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) != 0) {
     if ((d & 1u << 24) != 0) found |= kAmxTile;
     if ((d & 1u << 25) != 0) found |= kAmxInt8;
+    if ((d & 1u << 22) != 0) found |= kAmxBf16;
   }
   return permitted(found);
 }
