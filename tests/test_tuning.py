@@ -334,5 +334,5 @@ def test_crossing() -> None:
     crossing = tune_module.crossing
     assert crossing({8: (2.0, 1.0), 16: (2.0, 1.0)}) == 8
     assert crossing({8: (1.0, 2.0), 16: (2.0, 1.0)}) == 16
-    assert crossing({8: (2.0, 1.0), 16: (1.02, 1.0), 32: (2.0, 1.0)}) == 32
+    assert crossing({8: (2.0, 1.0), 16: (1.1, 1.0), 32: (2.0, 1.0)}) == 32
     assert crossing({8: (2.0, 1.0), 16: (1.0, 1.0)}) == NEVER

@@ -18,13 +18,14 @@ using torch::stable::detail::from;
 using torch::stable::detail::to;
 
 constexpr int64_t kPanelBytes = 4 << 20;
+constexpr int64_t kPadding = kTile;  // of a row: a stride of a power of two fills few cache sets
 constexpr int64_t kSlabBytes = 64 << 20;
 constexpr int64_t kExpandCost = 8;  // of a weight, in multiply-adds
 
-// Where torch's product overtakes ours; 2048 x 2048 on 2 cores of Zen 4. Beside bf16 kernels: sub16
-// at 220 rows, int4 groups of 32 at 400, int8 at 36. The kernels of `avx2`: at 16 rows, and where
-// the panels are fp32, near 64 (an estimate from the two products alone).
-constexpr int64_t kRowsInt4 = 256, kRowsInt8 = 48, kRowsOfFloat = 16, kRowsOfFloat32 = 64;
+// Where torch's product overtakes ours, on 2 cores of Zen 4. Beside bf16 kernels: int8 between 64
+// and 128 rows of a model; int4 never by more than 10 %, which the ops that are left for it cost.
+// In the place of `avx2`'s kernels at 16 rows; near 64 (an estimate) where the panels are fp32.
+constexpr int64_t kNever = int64_t{1} << 40, kRowsInt8 = 96, kRowsOfFloat = 16, kRowsOfFloat32 = 64;
 std::atomic<int64_t> tuned_int4{0}, tuned_int8{0};
 
 Tensor reordered(const Tensor& x, const Tensor& perm) {
@@ -58,7 +59,10 @@ bool by_library(const Format& f, int64_t rows) {
   if (!is_fast(f)) return false;
   const int64_t tuned = (f.bits == 4 ? tuned_int4 : tuned_int8).load(std::memory_order_relaxed);
   if (tuned > 0) return rows >= tuned;
-  if (fast_kernels(current()) != nullptr) return rows >= (f.bits == 4 ? kRowsInt4 : kRowsInt8);
+  const bool tiles = (features() & kAmxBf16) != 0;  // which torch uses, and our kernels do not
+  if (!tiles && fast_kernels(current()) != nullptr) {
+    return rows >= (f.bits == 4 ? kNever : kRowsInt8);
+  }
   return rows >= (has_bf16() ? kRowsOfFloat : kRowsOfFloat32);
 }
 
@@ -80,7 +84,8 @@ Tensor library_linear(const Tensor& x, const Format& f, const uint8_t* packed,
   }
   const int64_t most = std::max<int64_t>(1, kPanelBytes / (f.k * kTile * size_of(type)));
   const int64_t tiles = std::min(most, f.tiles);
-  Tensor panel = new_tensor({f.k, tiles * kTile}, scalar_type(type));
+  const int64_t stride = tiles * kTile + kPadding;
+  Tensor panel = new_tensor({f.k, stride}, scalar_type(type));
   const KernelTable& table = kernels();
   for (int64_t tile = 0; tile < f.tiles; tile += tiles) {
     const int64_t count = std::min(tiles, f.tiles - tile), n = tile * kTile;
@@ -88,8 +93,7 @@ Tensor library_linear(const Tensor& x, const Format& f, const uint8_t* packed,
     parallel(count, share_count(count, f.k * kTile * kExpandCost),
              [&](int64_t, int64_t begin, int64_t end) {
                for (int64_t i = begin; i < end; ++i) {
-                 table.expand(f, packed, tile + i, type, data + i * kTile * size_of(type),
-                              tiles * kTile);
+                 table.expand(f, packed, tile + i, type, data + i * kTile * size_of(type), stride);
                }
              });
     const int64_t columns = std::min(count * kTile, f.n - n);
