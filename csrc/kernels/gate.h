@@ -42,6 +42,9 @@ inline void gate(const GateArgs& args, float* x, int64_t row, int64_t rows, int6
       }
     }
   });
+  if (args.wide == nullptr && f.scale_kind == ScaleKind::sub16) {
+    sub16_presets(f, args.rows, row, rows, column, column + columns);
+  }
 }
 
 }  // namespace

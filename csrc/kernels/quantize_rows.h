@@ -47,27 +47,35 @@ inline QuantizedRows row_of(const Format& f, const QuantizedRows& rows, int64_t 
           rows.presets + row * presets_per_row(f)};
 }
 
-/// Presets of columns [begin, end) of a sub16 row, whole blocks: of its units, and of its
-/// activation groups.
-inline void sub16_presets(const Format& f, int64_t begin, int64_t end, const QuantizedRows& out) {
+/// Presets of columns [begin, end) of sub16 rows [row, row + rows), whole blocks: of their units,
+/// and of their activation groups. Row by row, codes and sums would be read while their narrower
+/// stores are still under way, which stalls.
+inline void sub16_presets(const Format& f, const QuantizedRows& all, int64_t row, int64_t rows,
+                          int64_t begin, int64_t end) {
   const int32_t factor = preset_factor(f);
-  int32_t* presets = out.presets;
-  for (int64_t k = begin; k < end; k += kSubBlock) {
-    sums_of_16(out.codes + k, presets + k / kSubGroup);
-  }
-  int32_t* of_groups = presets + f.k_padded / kSubGroup;
-  const int64_t units = f.act_group / kSubGroup;
-  for (int64_t a = begin / f.act_group; a < end / f.act_group; ++a) {
-    int32_t sum = 0;
-    for (int64_t i = a * units; i < (a + 1) * units; ++i) {
-      sum += presets[i];
-      presets[i] = sub_preset(factor * presets[i]);
+  for (int64_t i = row; i < row + rows; ++i) {
+    const QuantizedRows out = row_of(f, all, i);
+    for (int64_t k = begin; k < end; k += kSubBlock) {
+      sums_of_16(out.codes + k, out.presets + k / kSubGroup);
     }
-    of_groups[a] = (kDot8Bias - 128) * sum;
+  }
+  const int64_t units = f.act_group / kSubGroup;
+  for (int64_t i = row; i < row + rows; ++i) {
+    int32_t* presets = row_of(f, all, i).presets;
+    int32_t* of_groups = presets + f.k_padded / kSubGroup;
+    for (int64_t a = begin / f.act_group; a < end / f.act_group; ++a) {
+      int32_t sum = 0;
+      for (int64_t u = a * units; u < (a + 1) * units; ++u) {
+        sum += presets[u];
+        presets[u] = sub_preset(factor * presets[u]);
+      }
+      of_groups[a] = (kDot8Bias - 128) * sum;
+    }
   }
 }
 
-/// Columns [begin, end) of a row: whole activation groups, and whole blocks of sub16.
+/// Columns [begin, end) of a row: whole activation groups. Presets of sub16 come after, by
+/// sub16_presets.
 template <class Row>
 SLMOPS_INLINE void quantize_span(const Format& f, const Row& row, int64_t begin, int64_t end,
                                  const QuantizedRows& out) {
@@ -89,7 +97,6 @@ SLMOPS_INLINE void quantize_span(const Format& f, const Row& row, int64_t begin,
       if (!sub16) *preset++ = factor * sum;
     }
   }
-  if (sub16) sub16_presets(f, begin, end, out);
 }
 
 inline void quantize_rows(const Format& f, const SourceRows& src, const QuantizedRows& out,
@@ -98,6 +105,7 @@ inline void quantize_rows(const Format& f, const SourceRows& src, const Quantize
     with_row(src, i, f.k, f.k_padded,
              [&](const auto& row) { quantize_span(f, row, 0, f.k_padded, row_of(f, out, i)); });
   }
+  if (f.scale_kind == ScaleKind::sub16) sub16_presets(f, out, begin, end - begin, 0, f.k_padded);
 }
 
 inline void widen_rows(const Format& f, const SourceRows& src, float* out, int64_t begin,

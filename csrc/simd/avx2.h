@@ -232,3 +232,5 @@ inline __m256i expand(__m256i u, __m256i sub) {
 
 }  // namespace
 }  // namespace slmops::SLMOPS_ISA
+
+#include "times_power.h"

@@ -113,6 +113,7 @@ inline F32 to_f32(I32 x) { return {_mm512_cvtepi32_ps(x.v)}; }
 inline I32 round(F32 x) { return {_mm512_cvtps_epi32(x.v)}; }
 inline I32 bits_of(F32 x) { return {_mm512_castps_si512(x.v)}; }
 inline F32 from_bits(I32 x) { return {_mm512_castsi512_ps(x.v)}; }
+inline F32 times_power(F32 x, I32 n) { return {_mm512_scalef_ps(x.v, to_f32(n).v)}; }
 inline void store_i8(int8_t* p, I32 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v));
 }

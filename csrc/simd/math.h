@@ -37,11 +37,6 @@ SLMOPS_INLINE F32 polynomial(const float (&c)[kCount], F32 x) {
   return y;
 }
 
-/// 2^floor(n / 2) for -252 <= n < 256; n + 1 gives the other half of 2^n.
-SLMOPS_INLINE F32 half_power(I32 n) {
-  return from_bits(shift_left<23>(shift_right<1>(n + splat_i32(254))));
-}
-
 /// e^x = 2^n (1 + rest), |rest| < 0.42.
 struct Reduced {
   I32 n;
@@ -58,8 +53,7 @@ SLMOPS_INLINE Reduced reduce(F32 x) {
 /// e^x for -170 <= x <= 89. Results below 2^-126 are rounded a second time, to a denormal.
 SLMOPS_INLINE F32 exp_inside(F32 x) {
   const Reduced e = reduce(x);
-  // Two factors, as 2^n itself leaves fp32 at both ends.
-  return (e.rest + splat(1.0f)) * half_power(e.n) * half_power(e.n + splat_i32(1));
+  return times_power(e.rest + splat(1.0f), e.n);
 }
 
 /// e^x; +0 below -104, infinity above 89, NaN for NaN.

@@ -241,3 +241,5 @@ inline Line expand(Line u, I32 sub) { SLMOPS_QUARTERS(Line, expand(u.q[i], sub.q
 
 }  // namespace
 }  // namespace slmops::SLMOPS_ISA
+
+#include "times_power.h"

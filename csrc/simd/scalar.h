@@ -235,6 +235,8 @@ inline F32 from_bits(I32 a) {
   F32 r;
   SLMOPS_LANES(r.v[i] = __builtin_bit_cast(float, a.v[i]));
 }
+/// x * 2^n with one rounding, 0.5 <= x < 2 and -252 <= n <= 129: defined in times_power.h.
+inline F32 times_power(F32 x, I32 n);
 /// Stores the low byte of each lane.
 inline void store_i8(int8_t* p, I32 a) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(a.v[i]);
@@ -393,3 +395,5 @@ inline Line expand(Line u, I32 sub) {
 
 }  // namespace
 }  // namespace slmops::SLMOPS_ISA
+
+#include "times_power.h"

@@ -143,6 +143,13 @@ inline __m512 _mm512_sqrt_ps(__m512 a) {
   for (float& lane : a.v.lane) lane = std::sqrt(lane);
   return a;
 }
+/// a * 2^floor(b) with one rounding.
+inline __m512 _mm512_scalef_ps(__m512 a, __m512 b) {
+  for (int i = 0; i < 16; ++i) {
+    a.v.lane[i] = std::ldexp(a.v.lane[i], static_cast<int>(std::floor(b.v.lane[i])));
+  }
+  return a;
+}
 /// In each four lanes, lane i from the lane that bits 2 i, 2 i + 1 of `order` name.
 inline __m512 _mm512_permute_ps(__m512 a, int order) {
   __m512 r;
