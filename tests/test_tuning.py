@@ -97,6 +97,16 @@ class TestFile:
         cache.write_text(json.dumps(kept))
         assert tuning.load() is None
 
+    @pytest.mark.parametrize("error", [PermissionError("not yours"), RuntimeError("no home")])
+    def test_a_folder_that_cannot_be_seen_is_none(
+        self, error: Exception, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(self: Path) -> Any:
+            raise error
+
+        monkeypatch.setattr(Path, "exists" if isinstance(error, OSError) else "expanduser", fail)
+        assert tuning.load() is None
+
     def test_a_failed_write_leaves_the_file(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

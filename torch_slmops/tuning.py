@@ -69,8 +69,11 @@ def load(path: Path | None = None) -> Settings | None:
 
     A file that cannot be read is ignored, with a warning of the logger "torch_slmops".
     """
-    path = path or cache_path()
-    if not path.exists():
+    try:
+        path = path or cache_path()
+        if not path.exists():
+            return None
+    except (OSError, RuntimeError):  # a folder that may not be seen, a user without a home
         return None
     return _settings(_read(path).get(key()), path)
 
