@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -115,7 +116,7 @@ class TestFile:
         def fail(source: str, target: Path) -> None:
             raise OSError("no space left")
 
-        monkeypatch.setattr(tuning.os, "replace", fail)
+        monkeypatch.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="no space"):
             tuning.save(Settings(2))
         assert tuning.load() == Settings(1)
@@ -189,7 +190,7 @@ class TestCores:
 
         def write(cpus: int, texts: Mapping[str, str]) -> None:
             allowed = set(range(cpus))
-            monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: allowed, raising=False)
+            monkeypatch.setattr(os, "sched_getaffinity", lambda pid: allowed, raising=False)
             for name, text in texts.items():
                 path = tmp_path / name
                 path.parent.mkdir(parents=True, exist_ok=True)
