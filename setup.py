@@ -68,6 +68,10 @@ ISAS: dict[str, tuple[str | None, list[str], list[str]]] = {
     "neon_dotprod": ("aarch64", ["-march=armv8.2-a+dotprod"], []),
     "scalar": (None, [], []),
 }
+# Compiled as a row is, but no row: kernels that stand beside one, for CPUs that have more.
+EXTRAS: dict[str, tuple[str | None, list[str]]] = {
+    "avx512_bf16": ("x86_64", ["-mavx512bf16", *AVX512_FLAGS]),
+}
 # No exceptions, type information or guarded statics: each would bring weak symbols, which the
 # linker may keep for everybody although they were compiled for one row's CPU.
 GNU_ROW_FLAGS = [
@@ -99,6 +103,12 @@ def rows() -> dict[str, list[str]]:
     """Flags of each ISA row of this machine, best row first."""
     mine = {row: flags for row, (machine, *flags) in ISAS.items() if machine in (None, MACHINE)}
     return {row: msvc if MSVC else gnu for row, (gnu, msvc) in mine.items()}
+
+
+def objects() -> dict[str, list[str]]:
+    """Flags of each file of csrc/isa/ that this machine compiles on its own."""
+    extras = {name: flags for name, (machine, flags) in EXTRAS.items() if machine == MACHINE}
+    return rows() | extras
 
 
 def sources() -> list[str]:
@@ -164,7 +174,7 @@ class BuildRows(BuildExtension):
             self.row_flags += GCC_ROW_FLAGS
         # Threads, because every row is a ninja run of its own and would wait for the one before.
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            compiled = pool.map(self.compile_row, rows(), rows().values())
+            compiled = pool.map(self.compile_row, objects(), objects().values())
             ext.extra_objects = [objects for row in compiled for objects in row]
         super().build_extension(ext)
 

@@ -55,6 +55,7 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     "per 128": {"act_group": 128},
     "per token": {"act_group": -1},
     "float": {"activations": "float"},
+    "float_fast": {"activations": "float_fast"},
 }
 ENCODER: dict[str, dict[str, Any]] = {  # its activations, in the one table that it has
     f"{kind}, activations {name}": {**options, **more}

@@ -70,24 +70,24 @@ def instructions(path: Path) -> list[tuple[str, str]]:
 
 def test_rows_of_setup_table_and_files_agree() -> None:
     files = {path.stem for path in (ROOT / "csrc" / "isa").glob("*.cpp")} - {"isa"}
-    assert files == set(build.ISAS)
+    assert files == set(build.ISAS) | set(build.EXTRAS)
     assert torch.ops.slmops._isa_rows().split(", ") == list(build.rows())
 
 
-@pytest.mark.parametrize("row", build.rows())
+@pytest.mark.parametrize("row", build.objects())
 def test_row_defines_its_table_and_nothing_else(row: str) -> None:
     assert symbols(row_object(row), "--defined-only", "--extern-only") == [
         ("D", f"slmops::{row}::kernels")
     ]
 
 
-@pytest.mark.parametrize("row", build.rows())
+@pytest.mark.parametrize("row", build.objects())
 def test_row_needs_only_the_c_library(row: str) -> None:
     needed = {name for _, name in symbols(row_object(row), "--undefined-only")}
     assert needed - {"_GLOBAL_OFFSET_TABLE_"} <= KERNEL_IMPORTS
 
 
-@pytest.mark.parametrize("row", build.rows())
+@pytest.mark.parametrize("row", build.objects())
 def test_row_runs_nothing_at_load(row: str) -> None:
     sections = set(
         re.findall(r"\] (\.\S+)", output("readelf", "--sections", "-W", row_object(row)))
@@ -96,7 +96,7 @@ def test_row_runs_nothing_at_load(row: str) -> None:
     assert not {s for s in sections if s.startswith((".init_array", ".ctors", ".fini_array"))}
 
 
-@pytest.mark.parametrize("row", build.rows())
+@pytest.mark.parametrize("row", build.objects())
 def test_row_has_every_kernel(row: str) -> None:
     """Each pointer of the table is a relocation; a null one would be none."""
     listing = output("nm", "--demangle", "--print-size", row_object(row))
@@ -127,16 +127,17 @@ def test_extension_uses_the_stable_abi_only() -> None:
 
 
 @x86_only
-@pytest.mark.parametrize("row", build.rows())
+@pytest.mark.parametrize("row", build.objects())
 def test_flags_win_over_a_users(row: str) -> None:
     command = [*shlex.split(os.environ.get("CXX", "c++")), *HOSTILE_CFLAGS.split()]
-    command += [*build.COMMON_FLAGS, *build.BASELINE_FLAGS, *build.rows()[row]]
+    command += [*build.COMMON_FLAGS, *build.BASELINE_FLAGS, *build.objects()[row]]
     macros = set(
         re.findall(r"#define (\w+)", output(*command, "-dM", "-E", "-x", "c++", os.devnull))
     )
     assert "__SSE2__" in macros
     assert "__FAST_MATH__" not in macros
-    assert ("__AVX512F__" in macros) == (row in ("amx", "avx512_vnni"))
+    assert ("__AVX512F__" in macros) == row.startswith(("amx", "avx512"))
+    assert ("__AVX512BF16__" in macros) == (row == "avx512_bf16")
     assert ("__AMX_INT8__" in macros) == (row == "amx")
     assert ("__AVXVNNI__" in macros) == (row == "avx_vnni")
     assert ("__AVX__" in macros) == ("__SSE3__" in macros) == (row != "scalar")
@@ -206,6 +207,13 @@ def test_row_has_its_integer_dots(row: str, expected: set[str]) -> None:
     found = dots(instructions(row_object(row)))
     assert set(found) == expected
     assert all(count >= 10 for count in found.values())
+
+
+@x86_only
+def test_dots_of_bf16_are_in_one_object() -> None:
+    for row in build.objects():
+        found = [name for name, _ in instructions(row_object(row)) if name == "vdpbf16ps"]
+        assert (len(found) >= 10) == (row == "avx512_bf16")
 
 
 @x86_only

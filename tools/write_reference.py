@@ -45,6 +45,9 @@ def chapters() -> dict[str, dict[str, str]]:
         "Results and modules": {
             "torch_slmops.report.Report": "report",
             "torch_slmops.evaluate.Evaluation": "evaluate",
+            "torch_slmops.tune.Tuned": "tune",
+            "torch_slmops.tune.Measurement": "tune",
+            "torch_slmops.tuning.Settings": "tuning",
             "torch_slmops.modules.Linear": "modules",
             "torch_slmops.modules.Embedding": "modules",
         },

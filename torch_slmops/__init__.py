@@ -21,6 +21,8 @@ from torch_slmops.recipe import SavedModelError
 from torch_slmops.report import report
 from torch_slmops.rotate import rotate
 from torch_slmops.save_load import load, save
+from torch_slmops.tune import tune
+from torch_slmops.tuning import start
 from torch_slmops.weights import QuantizedWeight, quantize_weight
 
 if TYPE_CHECKING:
@@ -49,11 +51,13 @@ __all__ = [
     "rotate",
     "save",
     "set_isa",
+    "tune",
 ]
 
 __version__ = "0.1.0"
 
 watch_forks()
+start()
 
 
 def __getattr__(name: str) -> Any:

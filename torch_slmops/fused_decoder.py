@@ -32,6 +32,9 @@ __all__ = ["FusedDecoderLayer", "LayerSpec", "Run"]
 # Looked up here at each call, so that a test can put the reference in its place.
 _decoder_layers = ops.decoder_layers
 
+_uses_library: Any = torch.ops.slmops._uses_library.default
+_FEW_ROWS = 8  # below, it is not asked: it would cost a decode step more than it could bring
+
 _NORMS = ("pre_attention_norm", "post_attention_norm", "pre_mlp_norm", "post_mlp_norm")
 _UNUSED = ("use_cache", "cache_position")  # arguments of a layer that the op does without
 _NEXT = "_slmops_next"  # an attribute of a run's result: the run, and the number of the next layer
@@ -130,7 +133,7 @@ class FusedDecoderLayer(Fused):
     ) -> Tensor | None:
         """What `layers`, this one first, make of the arguments; None if the op cannot do it."""
         call = self._call(args, kwargs)
-        if call is None:
+        if call is None or self._goes_through_torch(call.x):
             return None
         weights = self._weights(layers, call.x.dtype)
         if weights is None:
@@ -166,6 +169,15 @@ class FusedDecoderLayer(Fused):
         )
         slots.advance(call.x.shape[1])
         return y
+
+    def _goes_through_torch(self, x: Tensor) -> bool:
+        """Whether for so many tokens torch multiplies "float_fast" weights: not inside the op."""
+        rows = x.shape[0] * x.shape[1]
+        if torch.compiler.is_compiling() or rows < _FEW_ROWS:
+            return False
+        attention = self._attention()
+        qkv: Any = attention._modules[attention.slmops.packed]
+        return bool(_uses_library(qkv.packed, rows))
 
     def _attention(self) -> FusedAttention:
         attention = self._modules[self.slmops.row.attention]

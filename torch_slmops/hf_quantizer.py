@@ -53,7 +53,7 @@ class SlmopsConfig(QuantizationConfigMixin):
         scale_kind: Literal["sub16", "group"] | None = None,
         group_size: int | None = None,
         symmetric: bool = True,
-        activations: Literal["int8", "float"] | None = None,
+        activations: Literal["int8", "float", "float_fast"] | None = None,
         act_group: int | None = None,
         lm_head: Literal["int4", "int8"] | None = "int8",
         include: str | Iterable[str] | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 import re
@@ -17,12 +18,17 @@ __all__ = [
     "cpu_name",
     "cpus_allowed",
     "cpus_of_quota",
+    "fast_cores",
     "huge_page_mode",
     "in_huge_pages",
     "memory_bytes",
+    "physical_cores",
 ]
 
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_CPUS = Path("/sys/devices/system/cpu")
+_NODES = Path("/sys/devices/system/node")
+_HYBRID = Path("/sys/devices/cpu_core/cpus")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -64,6 +70,76 @@ def cpus_of_quota() -> float | None:
     if len(words) != 2 or words[0] == "max":
         return None
     return int(words[0]) / int(words[1])
+
+
+def physical_cores() -> int:
+    """Returns the cores that this process may run on; hyperthreads of one count once."""
+    if not hasattr(os, "sched_getaffinity"):
+        return cpus_allowed()
+    return len(_cores(os.sched_getaffinity(0)))
+
+
+def fast_cores() -> int:
+    """Returns the performance cores that this process may use, on the NUMA node it runs on.
+
+    Hyperthreads of a core count once. Where the system does not say (no Linux), all CPUs count.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return cpus_allowed()
+    cpus = os.sched_getaffinity(0)
+    return len(_cores(_largest(_of_node(cpus, _node_cpus()))))
+
+
+def _cpu_list(text: str) -> set[int]:
+    """The CPUs of a list as Linux writes it, such as "0-3,8"."""
+    found: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if first:
+            found.update(range(int(first), int(last or first) + 1))
+    return found
+
+
+def _node_cpus() -> set[int]:
+    """The CPUs of the node that the caller runs on; none where it is unknown or the only one."""
+    here = _here()
+    for node in _NODES.glob("node[0-9]*"):
+        cpus = _cpu_list(_read(node / "cpulist"))
+        if here in cpus:
+            return cpus
+    return set()
+
+
+def _here() -> int:
+    """The CPU that the caller runs on; -1 where the system does not say."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        here: int = ctypes.CDLL(None).sched_getcpu()
+        return here
+    return -1
+
+
+def _of_node(cpus: set[int], node: set[int]) -> set[int]:
+    return cpus & node or cpus
+
+
+def _largest(cpus: set[int]) -> set[int]:
+    """Those of the fastest kind: Intel's cpu_core, or of the largest capacity (Arm)."""
+    fast = cpus & _cpu_list(_read(_HYBRID))
+    if fast:
+        return fast
+    capacity = {cpu: _read(_CPUS / f"cpu{cpu}" / "cpu_capacity").strip() for cpu in cpus}
+    known = {cpu: int(text) for cpu, text in capacity.items() if text.isdigit()}
+    if len(known) != len(cpus):
+        return cpus
+    return {cpu for cpu, value in known.items() if value == max(known.values())}
+
+
+def _cores(cpus: set[int]) -> set[str]:
+    """What hyperthreads share: the list of their siblings."""
+    return {
+        _read(_CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list").strip() or str(cpu)
+        for cpu in cpus
+    }
 
 
 def huge_page_mode() -> str:

@@ -40,7 +40,7 @@ def optimize(
     scale_kind: Literal["sub16", "group"] | None = None,
     group_size: int | None = None,
     symmetric: bool = True,
-    activations: Literal["int8", "float"] | None = None,
+    activations: Literal["int8", "float", "float_fast"] | None = None,
     act_group: int | None = None,
     lm_head: Literal["int4", "int8"] | None = "int8",
     include: Patterns | None = None,
@@ -83,7 +83,9 @@ def optimize(
             are (weight-only quantization; slower for many tokens). By default int8, except for
             layers whose inputs have outliers that take the resolution of their group, as a forward
             of 48 random tokens shows (of the first calibration batch, if there is one): these get
-            groups of 32 inputs if that helps, else float activations.
+            groups of 32 inputs if that helps, else float activations. "float_fast" rounds them to
+            bfloat16 and multiplies by whatever is fastest here: bfloat16 dots, for many tokens
+            torch's matrix product; not the same bits everywhere (docs/arithmetic.md has the bound).
         act_group: Inputs that share an activation scale, 32, 64, 128 or -1 (all); by default
             whatever suits the layer, see `QuantizedWeight.pack`.
         lm_head: The codes of the embeddings and of the output layer (the model's

@@ -103,8 +103,10 @@ def make_formats(
     if lm_head is not None and lm_head not in _BITS:
         raise ValueError(f'optimize: expected lm_head "int4", "int8" or None, got {lm_head!r}')
     activations = activations or "int8"
-    if activations not in ("int8", "float"):
-        raise ValueError(f'optimize: expected activations "int8" or "float", got {activations!r}')
+    if activations not in ("int8", "float", "float_fast"):
+        raise ValueError(
+            f'optimize: expected activations "int8", "float" or "float_fast", got {activations!r}'
+        )
     if act_group not in (None, 32, 64, 128, -1):
         raise ValueError(f"optimize: expected act_group 32, 64, 128 or -1, got {act_group!r}")
 

@@ -17,6 +17,7 @@ from torch_slmops.fused import Fused, FusedAttention
 from torch_slmops.isa import isa
 from torch_slmops.modules import Embedding, PackedModule
 from torch_slmops.notes import budget_of, left_of, was_rotated
+from torch_slmops.ops import describe
 from torch_slmops.packed_rows import Rows
 from torch_slmops.stack import connects_only
 from torch_slmops.survey import Site, find_sites
@@ -25,6 +26,7 @@ __all__ = ["FusedRow", "LeftRow", "PackedRow", "Report", "UnfusedRow", "report"]
 
 _ITSELF = "(the model)"  # which has no name
 
+_FAST = " (float_fast)"
 # Modules that copy, choose or clear values: the same bits on every CPU.
 _EXACT = (
     nn.Dropout,
@@ -164,6 +166,11 @@ class Report:
         ]
         if self.bit_portable:
             lines.append("same bits on every CPU: yes")
+        elif any(name.endswith(_FAST) for name, _ in self.not_portable):
+            lines.append(
+                'same bits on every CPU: no, activations="float_fast" sums in the order that is '
+                "fastest on each CPU, within a bound (docs/arithmetic.md)"
+            )
         else:
             others = ", ".join(f"{name} x{count}" for name, count in self.not_portable)
             lines.append(
@@ -193,7 +200,7 @@ def report(model: nn.Module) -> Report:
             inner = [block.get_submodule(name) for name in block._inner()]
             ours.update(module for module in inner if not isinstance(module, FusedAttention))
     others = Counter(
-        _class(module)
+        _class(module) + _FAST * _is_fast(module)
         for module in model.modules()
         if module not in ours and type(module) not in _EXACT
     )
@@ -240,8 +247,17 @@ def _budget_lines(budget: Budget) -> list[str]:
     ]
 
 
+def _is_fast(module: nn.Module) -> bool:
+    """Whether its weight is outside of the promise of bits."""
+    if isinstance(module, Embedding) or not isinstance(module, PackedModule):
+        return False
+    return describe(module.packed).activations == "float_fast"
+
+
 def _is_ours(module: nn.Module) -> bool:
-    """Whether it computes with nothing but the ops of this package, or exactly."""
+    """Whether it computes with nothing but the ops of this package in fixed order, or exactly."""
+    if _is_fast(module):
+        return False
     if isinstance(module, FusedAttention):  # else softmax and its two matrix products are torch's
         config: Any = getattr(module, "config", None)
         used = getattr(config, "_attn_implementation", None)

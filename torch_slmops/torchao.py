@@ -40,7 +40,7 @@ class SlmopsWeightOnlyConfig(_base):  # type: ignore[misc]
     scale_kind: Literal["sub16", "group"] | None = None
     group_size: int | None = None
     symmetric: bool = True
-    activations: Literal["int8", "float"] = "int8"
+    activations: Literal["int8", "float", "float_fast"] = "int8"
     act_group: int | None = None
 
     def __post_init__(self) -> None:

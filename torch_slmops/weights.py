@@ -95,8 +95,9 @@ class QuantizedWeight:
             act_group: Inputs that share an activation scale: 32, 64, 128 or -1 (all K); a multiple
                 or a divisor of `group_size`. By default the largest of 128, 64, 32 that fits the
                 group and divides K for 4 bits, 32 for 8 bits.
-            activations: "int8" (activations are rounded to int8 per `act_group`) or "float" (they
-                are taken as they are).
+            activations: "int8" (activations are rounded to int8 per `act_group`), "float" (they
+                are taken as they are) or "float_fast" (in bfloat16, outside of the promise of
+                bits).
 
         Raises:
             RuntimeError: The layout cannot hold the weight (a group that is not a multiple of 32),

@@ -17,6 +17,7 @@ inline uint32_t arm_features() {
   uint32_t found = 0;
   if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found |= kDot;
   if (getauxval(AT_HWCAP2) & HWCAP2_I8MM) found |= kI8mm;
+  if (getauxval(AT_HWCAP2) & HWCAP2_BF16) found |= kBf16;
   return found;
 }
 
@@ -31,6 +32,7 @@ inline uint32_t arm_features() {
   uint32_t found = 0;
   if (has("hw.optional.arm.FEAT_DotProd")) found |= kDot;
   if (has("hw.optional.arm.FEAT_I8MM")) found |= kI8mm;
+  if (has("hw.optional.arm.FEAT_BF16")) found |= kBf16;
   return found;
 }
 

@@ -32,6 +32,9 @@ extern const KernelTable kernels;
 namespace amx {
 extern const KernelTable kernels;
 }
+namespace avx512_bf16 {
+extern const FastKernels kernels;
+}
 
 namespace {
 
@@ -41,8 +44,8 @@ constexpr uint32_t kAvx512VnniRow =
 constexpr uint32_t kAmxRow = kAvx512VnniRow | kAmxTile | kAmxInt8;
 
 constexpr IsaRow kRows[] = {
-    {"amx", kAmxRow, &amx::kernels},
-    {"avx512_vnni", kAvx512VnniRow, &avx512_vnni::kernels},
+    {"amx", kAmxRow, &amx::kernels, &avx512_bf16::kernels},
+    {"avx512_vnni", kAvx512VnniRow, &avx512_vnni::kernels, &avx512_bf16::kernels},
     {"avx_vnni", kAvx2Row | kAvxVnni, &avx_vnni::kernels},
     {"avx2", kAvx2Row, &avx2::kernels},
     {"scalar", 0, &scalar::kernels},
@@ -102,8 +105,9 @@ constexpr FeatureName kFeatureNames[] = {
     {"avx512_bw", kAvx512bw}, {"avx512_vl", kAvx512vl},
     {"avx512_dq", kAvx512dq}, {"avx512_vnni", kAvx512vnni},
     {"avx_vnni", kAvxVnni},   {"amx_tile", kAmxTile},
-    {"amx_int8", kAmxInt8},   {"dot", kDot},
-    {"i8mm", kI8mm},
+    {"amx_int8", kAmxInt8},   {"avx512_bf16", kAvx512bf16},
+    {"amx_bf16", kAmxBf16},   {"dot", kDot},
+    {"i8mm", kI8mm},          {"bf16", kBf16},
 };
 
 constexpr uint32_t kNotGiven = 1u << 31;  // no feature has this bit

@@ -19,14 +19,18 @@ enum Feature : uint32_t {
   kAvxVnni = 1u << 8,
   kAmxTile = 1u << 9,
   kAmxInt8 = 1u << 10,
+  kAvx512bf16 = 1u << 11,
+  kAmxBf16 = 1u << 12,
   kDot = 1u << 16,
   kI8mm = 1u << 17,
+  kBf16 = 1u << 18,
 };
 
 struct IsaRow {
   const char* name;
   uint32_t requires_features;
   const KernelTable* kernels;
+  const FastKernels* fast = nullptr;  // for CPUs with kAvx512bf16
 };
 
 /// All rows of this build, best first; the last one is `scalar`.
@@ -60,6 +64,13 @@ void set_features(uint32_t features);
 uint32_t features();
 /// Caps the row; false if it is unknown or cannot run here.
 bool set_isa(const char* name);
+
+/// The bf16 kernels beside `row`, null where it or the CPU has none.
+inline const FastKernels* fast_kernels(const IsaRow& row) {
+  return (features() & kAvx512bf16) != 0 ? row.fast : nullptr;
+}
+/// Whether the CPU multiplies bf16 faster than fp32.
+inline bool has_bf16() { return (features() & (kAvx512bf16 | kAmxBf16 | kBf16)) != 0; }
 
 inline const KernelTable& kernels() { return *current().kernels; }
 

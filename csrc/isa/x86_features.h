@@ -31,7 +31,7 @@ inline bool ask_for_tiles() {
 inline uint32_t permitted(uint32_t features) {
   constexpr uint32_t kTiles = kAmxTile | kAmxInt8;
   const bool asked = (features & kTiles) == kTiles;
-  return asked && ask_for_tiles() ? features : features & ~kTiles;
+  return asked && ask_for_tiles() ? features : features & ~(kTiles | kAmxBf16);
 }
 
 struct CpuidAnswer {
@@ -77,12 +77,14 @@ inline uint32_t x86_features() {
   add(ymm, one.c, 29, kF16c);
   add(ymm, seven.b, 5, kAvx2);
   add(ymm, more.a, 4, kAvxVnni);
+  add(zmm, more.a, 5, kAvx512bf16);
   add(zmm, seven.b, 16, kAvx512f);
   add(zmm, seven.b, 17, kAvx512dq);
   add(zmm, seven.b, 30, kAvx512bw);
   add(zmm, seven.b, 31, kAvx512vl);
   add(zmm, seven.c, 11, kAvx512vnni);
   // Whether the tiles are saved is the kernel's to say.
+  add(true, seven.d, 22, kAmxBf16);
   add(true, seven.d, 24, kAmxTile);
   add(true, seven.d, 25, kAmxInt8);
   return permitted(found);

@@ -14,6 +14,13 @@ struct QuantizedRows {
   int32_t* presets;  // [m][presets_per_row(f)]: what the integer accumulators of a row start from
 };
 
+/// Rows of activations as bf16 dots read them.
+struct PairRows {
+  uint16_t* x;  // [m][k_padded] bf16, of each eight k 0, 2, 4, 6, 1, 3, 5, 7; padding +0
+  float*
+      sums;  // [m][k_padded / group], of x in each weight group; only with zero points or offsets
+};
+
 /// Where activations come from: m rows of k elements, row i at x + i * stride elements, columns
 /// taken in the order of perm (k entries) when it is not null.
 struct SourceRows {
@@ -42,6 +49,7 @@ struct LinearArgs {
   const uint8_t* packed;  // whole buffer, header included
   QuantizedRows rows;     // int8 mode
   const float* x;         // float mode: [m][k_padded] fp32, padding +0
+  PairRows pairs;         // what FastKernels::linear reads
   const void* bias;       // [n] of bias_type, or null
   DType bias_type;
   void* out;  // of out_type, row stride out_stride elements, beginning at the element of row
@@ -244,6 +252,10 @@ struct KernelTable {
   /// out[i][k] = w[ids[i]][k], rounded once to `type`; ids checked by the caller.
   void (*embedding)(const Format& f, const uint8_t* packed, const int64_t* ids, int64_t count,
                     DType type, void* out);
+  /// out[i][n] = w[n][i] for i below k and the 32 outputs of `tile`, the values of `embedding`;
+  /// row stride `stride` elements.
+  void (*expand)(const Format& f, const uint8_t* packed, int64_t tile, DType type, void* out,
+                 int64_t stride);
   /// Codes and scales of weight rows [16 * begin, 16 * end). Returns the smallest and largest
   /// non-zero |scale| (fp32, before rounding) through `range` when it is not null.
   void (*quantize_weight)(const QuantizeArgs& args, int64_t begin, int64_t end, float* range);
@@ -276,6 +288,15 @@ struct KernelTable {
   void (*activation)(Activation a, const float* x, float* y, int64_t count);
   /// count elements fp32 <-> `type`, the project's one rounding; for tests of the conversions.
   void (*convert)(const void* in, DType in_type, void* out, DType out_type, int64_t count);
+};
+
+/// What a CPU with dots of bf16 has for `activations="float_fast"`. Not under the promise of bits.
+struct FastKernels {
+  /// Rows [begin, end) of the activations, rounded to bf16.
+  void (*round_rows)(const Format& f, const SourceRows& src, const PairRows& out, int64_t begin,
+                     int64_t end);
+  /// As KernelTable::linear, from LinearArgs::pairs.
+  void (*linear)(const LinearArgs& args, int64_t tile, int64_t row_begin, int64_t row_end);
 };
 
 /// k of the chunks that `linear` walks a tile in: whole activation groups and scale blocks, about

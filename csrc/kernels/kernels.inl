@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "embedding.h"
+#include "expand.h"
 #include "gate.h"
 #include "heads.h"
 #include "linear.h"
@@ -21,6 +22,7 @@ constinit const KernelTable kernels = {
     .widen_rows = widen_rows,
     .linear = linear,
     .embedding = embedding,
+    .expand = expand_tile,
     .quantize_weight = quantize_weight,
     .rms_norm = rms_norm,
     .add_rms_norm = add_rms_norm,

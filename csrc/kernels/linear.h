@@ -150,8 +150,11 @@ SLMOPS_INLINE bool matrix_chunks(Step& s, int64_t length) {
   return false;
 }
 
-/// The table's entry: every format and activation mode.
-inline void linear(const LinearArgs& args, int64_t tile_index, int64_t begin, int64_t end) {
+/// Calls steps(s, length) to add all of a tile, in chunks of `length` k, to the sums; then finishes
+/// them.
+template <class Steps>
+SLMOPS_INLINE void walk_tile(const LinearArgs& args, int64_t tile_index, int64_t begin, int64_t end,
+                             const Steps& steps) {
   const Format& f = *args.format;
   const uint8_t* tile = args.packed + kHeaderBytes + tile_index * f.tile_bytes;
   float* sums = reinterpret_cast<float*>(args.scratch);
@@ -173,17 +176,24 @@ inline void linear(const LinearArgs& args, int64_t tile_index, int64_t begin, in
             .act_groups = f.k_padded / f.act_group,
             .presets_per_row = presets_per_row(f),
             .presets_per_act = f.act_group / unit};
-  if (f.activations != Activations::int8) {
-    for_chunks(s, length, float_step);
-  } else if (!matrix_chunks<Matrix>(s, length)) {
-    for_chunks(s, length, [](const Step& step) { int8_step(step); });
-  }
+  steps(s, length);
   // What follows in memory is the next tile: memory works while this one is finished.
   if (end - begin <= kStreamRows) {
     for (int i = 0; i < kNextLines; ++i) prefetch(tile + f.tile_bytes + i * kLineBytes);
   }
   finish_tile(args, tile + f.k_padded / block * f.group_bytes, tile_index * kTile, begin, end,
               sums);
+}
+
+/// The table's entry: every format and activation mode.
+inline void linear(const LinearArgs& args, int64_t tile, int64_t begin, int64_t end) {
+  walk_tile(args, tile, begin, end, [](Step& s, int64_t length) {
+    if (s.args.format->activations != Activations::int8) {
+      for_chunks(s, length, float_step);
+    } else if (!matrix_chunks<Matrix>(s, length)) {
+      for_chunks(s, length, [](const Step& step) { int8_step(step); });
+    }
+  });
 }
 
 }  // namespace

@@ -193,7 +193,8 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v,
   const std::optional<Tensor> first = set_first_position(first_position, &args);
   if (out.numel() == 0) return out;
   const int64_t rows = args.batch * args.queries * args.heads;
-  const int64_t workers = Team::size_for(rows * args.keys * (args.d + args.dv));
+  const int64_t workers =
+      Team::size_for(rows * args.keys * (args.d + args.dv), args.batch * args.queries);
   Scratch scratch;
   const AttentionScratch own(args, workers, &scratch);
   own.apply(&args);

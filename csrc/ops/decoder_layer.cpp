@@ -164,16 +164,16 @@ void DecoderLayer::use(const Memory& memory) {
   memory.attention.apply(&attention_);
 }
 
-void DecoderLayer::fill(const KernelTable& table, const HiddenNorm& norm, const Format& f,
+void DecoderLayer::fill(const Worker& worker, const HiddenNorm& norm, const Format& f,
                         const void* x, int64_t row, int64_t begin, int64_t end,
                         const Memory& memory, const SlabActivations& out) const {
   const int64_t k = options_.k;
   SourceRows src = rows_from({x, options_.type, k, nullptr}, row);
   if (norm.is_present()) {
-    table.rms_norm(norm_args(norm, options_, src.x, memory.normed), begin, end);
+    worker.table().rms_norm(norm_args(norm, options_, src.x, memory.normed), begin, end);
     src.x = memory.normed;
   }
-  fill_rows(table, f, src, out, begin, end);
+  fill_rows(worker, f, src, out, begin, end);
 }
 
 void DecoderLayer::add_branch(const KernelTable& table, const HiddenNorm& norm, const void* x,
@@ -198,7 +198,7 @@ void DecoderLayer::run(Worker* worker, const Memory& memory, const void* x, void
   for (int64_t row = 0; row < rows; row += slab) {
     const int64_t count = std::min(slab, rows - row);
     worker->share(count, [&](int64_t begin, int64_t end) {
-      fill(table, pre_attention_, qkv_format_, x, row, begin, end, memory, memory.of_qkv);
+      fill(*worker, pre_attention_, qkv_format_, x, row, begin, end, memory, memory.of_qkv);
     });
     run_qkv(worker, qkv_, memory.of_qkv, row, count, memory.qkv);
   }
@@ -208,7 +208,7 @@ void DecoderLayer::run(Worker* worker, const Memory& memory, const void* x, void
     const int64_t count = std::min(slab, rows - row);
     worker->share(count, [&](int64_t begin, int64_t end) {
       merge_splits(table, attention_, (row + begin) * heads, (row + end) * heads);
-      fill_rows(table, output_format_, rows_from(attended, row), memory.of_output, begin, end);
+      fill_rows(*worker, output_format_, rows_from(attended, row), memory.of_output, begin, end);
     });
     run_product(worker, {.f = output_format_,
                          .packed = packed_output_,
@@ -221,7 +221,7 @@ void DecoderLayer::run(Worker* worker, const Memory& memory, const void* x, void
                          .scratch = memory.output});
     worker->share(count, [&](int64_t begin, int64_t end) {
       add_branch(table, post_attention_, x, hidden, memory, row, begin, end);
-      fill(table, pre_mlp_, gate_up_format_, hidden, row, begin, end, memory, memory.of_mlp);
+      fill(*worker, pre_mlp_, gate_up_format_, hidden, row, begin, end, memory, memory.of_mlp);
     });
     run_mlp(worker, mlp_, memory.of_mlp, count, memory.branch, memory.mlp);
     worker->share(count, [&](int64_t begin, int64_t end) {

@@ -105,7 +105,7 @@ class DecoderLayer {
  private:
   void add_branch(const KernelTable& table, const HiddenNorm& norm, const void* x, void* hidden,
                   const Memory& memory, int64_t row, int64_t begin, int64_t end) const;
-  void fill(const KernelTable& table, const HiddenNorm& norm, const Format& f, const void* x,
+  void fill(const Worker& worker, const HiddenNorm& norm, const Format& f, const void* x,
             int64_t row, int64_t begin, int64_t end, const Memory& memory,
             const SlabActivations& out) const;
 

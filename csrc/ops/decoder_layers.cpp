@@ -200,7 +200,7 @@ Tensor decoder_layers(const Tensor& x, const std::vector<Tensor>& weights,
     cost += layers.back().cost() * options.rows();
   }
   if (out.numel() == 0) return out;
-  const int64_t workers = Team::size_for(cost);
+  const int64_t workers = Team::size_for(cost, options.rows());
   std::deque<DecoderLayer::Memory> memories;
   std::vector<const DecoderLayer::Memory*> memory_of;
   for (size_t i = 0; i < count; ++i) {

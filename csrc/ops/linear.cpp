@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "library.h"
 #include "matmul.h"
 #include "rows.h"
 
@@ -21,13 +22,17 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features,
   const Permutation columns(kOp, perm, f.k);
   const DType x_type = float_type(kOp, "x", x.scalar_type());
   const DType y_type = float_type(kOp, "out_dtype", out_type);
+  const int64_t m = x.numel() / f.k, slab = std::min(m, slab_rows(row_bytes(f)));
+  if (by_library(f, m)) {
+    return library_linear(x, f, static_cast<const uint8_t*>(packed.const_data_ptr()),
+                          checked_bias.owner, perm, out_type);
+  }
   const Rows rows(x);
   Tensor out = new_rows(x, f.n, out_type);
   const SourceRows src = {rows.data(), x_type, rows.stride(), columns.data()};
   uint8_t* y = static_cast<uint8_t*>(out.mutable_data_ptr());
-  const int64_t m = x.numel() / f.k, slab = std::min(m, slab_rows(row_bytes(f)));
   if (m == 0) return out;
-  const int64_t workers = Team::size_for(m * f.k_padded * f.tiles * kTile);
+  const int64_t workers = Team::size_for(m * f.k_padded * f.tiles * kTile, m);
   Scratch scratch;
   const SlabActivations activations = take_activations(f, slab, &scratch);
   const WorkerScratch own = scratch.take_each(workers, product_bytes(f, slab));

@@ -16,28 +16,36 @@ int64_t slab_rows(int64_t row_bytes) {
 }
 
 SlabActivations take_activations(const Format& f, int64_t rows, Scratch* scratch) {
-  if (!is_int8(f)) return {{}, scratch->take<float>(rows * f.k_padded)};
+  if (is_fast(f)) {  // what of them is used is for the worker's row to say
+    return {{},
+            scratch->take<float>(rows * f.k_padded),
+            {scratch->take<uint16_t>(rows * f.k_padded),
+             scratch->take<float>(rows * (f.k_padded / f.group))}};
+  }
+  if (!is_int8(f)) return {{}, scratch->take<float>(rows * f.k_padded), {}};
   return {{scratch->take<int8_t>(rows * f.k_padded),
            scratch->take<float>(rows * (f.k_padded / f.act_group)),
            scratch->take<int32_t>(rows * presets_per_row(f))},
-          nullptr};
+          nullptr,
+          {}};
 }
 
-void fill_rows(const KernelTable& table, const Format& f, const SourceRows& src,
+void fill_rows(const Worker& worker, const Format& f, const SourceRows& src,
                const SlabActivations& out, int64_t begin, int64_t end) {
   if (is_int8(f)) {
-    table.quantize_rows(f, src, out.quantized, begin, end);
+    worker.table().quantize_rows(f, src, out.quantized, begin, end);
+  } else if (uses_pairs(worker, f)) {
+    worker.fast()->round_rows(f, src, out.pairs, begin, end);
   } else {
-    table.widen_rows(f, src, out.wide, begin, end);
+    worker.table().widen_rows(f, src, out.wide, begin, end);
   }
 }
 
 void fill_activations(Worker* worker, const Format& f, const SourceRows& src, int64_t row,
                       int64_t rows, const SlabActivations& out) {
   const SourceRows slab = rows_from(src, row);
-  worker->share(rows, [&](int64_t begin, int64_t end) {
-    fill_rows(worker->table(), f, slab, out, begin, end);
-  });
+  worker->share(rows,
+                [&](int64_t begin, int64_t end) { fill_rows(*worker, f, slab, out, begin, end); });
 }
 
 LinearArgs linear_args(const Format& f, const uint8_t* packed, const SlabActivations& x) {
@@ -45,6 +53,7 @@ LinearArgs linear_args(const Format& f, const uint8_t* packed, const SlabActivat
           .packed = packed,
           .rows = x.quantized,
           .x = x.wide,
+          .pairs = x.pairs,
           .bias = nullptr,
           .bias_type = DType::f32,
           .out = nullptr,
@@ -79,10 +88,10 @@ void run_product(Worker* worker, const Product& p) {
   args.out_type = p.out_type;
   args.out_stride = f.n;
   args.scratch = p.scratch.of(worker->index());
-  const KernelTable& table = worker->table();
-  share_cut(
-      worker, Cut(f.tiles, p.rows, worker->size()),
-      [&](int64_t tile, int64_t first, int64_t last) { table.linear(args, tile, first, last); });
+  share_cut(worker, Cut(f.tiles, p.rows, worker->size()),
+            [&](int64_t tile, int64_t first, int64_t last) {
+              run_tile(*worker, args, tile, first, last);
+            });
 }
 
 Format weight_format(const char* op, const char* argument, const Tensor& packed, int64_t n,

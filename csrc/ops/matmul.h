@@ -15,9 +15,11 @@ namespace slmops {
 
 constexpr bool is_int8(const Format& f) { return f.activations == Activations::int8; }
 
-/// Scratch bytes of a row's activations, its scales and presets left out.
+constexpr bool is_fast(const Format& f) { return f.activations == Activations::float_fast; }
+
+/// Scratch bytes of a row's activations, its scales, presets and sums left out.
 constexpr int64_t row_bytes(const Format& f) {
-  return f.k_padded * (is_int8(f) ? 1 : int64_t{sizeof(float)});
+  return f.k_padded * (is_int8(f) ? 1 : is_fast(f) ? 6 : 4);
 }
 
 /// Rows of a slab: bounds the scratch of long prompts, which takes `row_bytes` a row.
@@ -26,12 +28,17 @@ int64_t slab_rows(int64_t row_bytes);
 /// The activations of a slab as a packed weight's mode wants them.
 struct SlabActivations {
   QuantizedRows quantized;  // int8
-  float* wide;              // float: [rows][k_padded]
+  float* wide;              // float and float_fast: [rows][k_padded]
+  PairRows pairs;           // float_fast
 };
 
 SlabActivations take_activations(const Format& f, int64_t rows, Scratch* scratch);
-/// Quantizes or widens rows [begin, end) of `src` to the same rows of `out`.
-void fill_rows(const KernelTable& table, const Format& f, const SourceRows& src,
+/// Whether the weight's products are those of bf16 kernels, which read SlabActivations::pairs.
+inline bool uses_pairs(const Worker& worker, const Format& f) {
+  return is_fast(f) && worker.fast() != nullptr;
+}
+/// Quantizes, widens or rounds rows [begin, end) of `src` to the same rows of `out`.
+void fill_rows(const Worker& worker, const Format& f, const SourceRows& src,
                const SlabActivations& out, int64_t begin, int64_t end);
 /// A phase: rows [row, row + rows) of `src`, which become the slab's first.
 void fill_activations(Worker* worker, const Format& f, const SourceRows& src, int64_t row,
@@ -45,6 +52,13 @@ inline SourceRows rows_from(SourceRows src, int64_t row) {
 
 /// A weight with its activations and no bias, outputs in fp32; the caller sets what differs.
 LinearArgs linear_args(const Format& f, const uint8_t* packed, const SlabActivations& x);
+
+/// The product of a tile: KernelTable::linear, or what the CPU has in its place.
+inline void run_tile(const Worker& worker, const LinearArgs& args, int64_t tile, int64_t first,
+                     int64_t last) {
+  if (uses_pairs(worker, *args.format)) return worker.fast()->linear(args, tile, first, last);
+  worker.table().linear(args, tile, first, last);
+}
 
 /// A slab's work: `units` of outputs times blocks of `block` rows, small enough for a core's cache
 /// and many enough for all workers.

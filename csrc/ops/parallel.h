@@ -11,7 +11,7 @@ namespace slmops {
 inline int64_t share_count(int64_t items, int64_t cost) {
   const int64_t worth = items / std::max<int64_t>(1, kThreadCost / std::max<int64_t>(1, cost));
   if (worth <= 1) return 1;
-  return std::min<int64_t>(worth, torch::stable::get_num_threads());
+  return std::min<int64_t>(worth, thread_count(kDecodeRows + 1));
 }
 
 /// Calls body(share, begin, end) once for each of `shares` contiguous parts of [0, items). A share

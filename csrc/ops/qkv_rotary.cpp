@@ -9,6 +9,8 @@
 #include <tuple>
 #include <vector>
 
+#include "library.h"
+#include "parallel.h"
 #include "rows.h"
 
 namespace slmops {
@@ -36,7 +38,8 @@ void run_by_units(Worker* worker, const Qkv& p, const SlabActivations& x, int64_
     args.first_row = first;
     args.first_output = unit * width;
     const int64_t end = std::min((unit + 1) * tiles, f.tiles);
-    for (int64_t tile = unit * tiles; tile < end; ++tile) table.linear(args, tile, first, last);
+    for (int64_t tile = unit * tiles; tile < end; ++tile)
+      run_tile(*worker, args, tile, first, last);
     const int64_t head = unit * width / d, count = std::min(width, f.n - unit * width) / d;
     table.heads(p.heads, outputs, width, row + first, last - first, head, count);
   });
@@ -100,6 +103,25 @@ HeadNorm::HeadNorm(const char* op, const char* argument, const std::optional<Ten
 
 namespace {
 
+/// The same through torch's product, a slab of rows at a time.
+void library_qkv(const Tensor& x, const Qkv& p, const std::optional<Tensor>& bias,
+                 const std::optional<Tensor>& perm) {
+  const KernelTable& table = kernels();
+  const Tensor rows = torch::stable::reshape(x, {-1, p.f.k});
+  const int64_t slab = library_slab_rows(p.f.n * int64_t{sizeof(float)});
+  for (int64_t row = 0; row < rows.size(0); row += slab) {
+    Tensor part = rows;
+    const int64_t count = std::min(slab, rows.size(0) - row);
+    part = torch::stable::narrow(part, 0, row, count);
+    Tensor y = library_linear(part, p.f, p.packed, bias, perm, ScalarType::Float);
+    float* outputs = static_cast<float*>(y.mutable_data_ptr());
+    parallel(count, share_count(count, p.f.n * 4), [&](int64_t, int64_t begin, int64_t end) {
+      table.heads(p.heads, outputs + begin * p.f.n, p.f.n, row + begin, end - begin, 0,
+                  p.f.n / p.heads.d);
+    });
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor> qkv_rotary(const Tensor& x, const Tensor& packed,
                                               const std::vector<int64_t>& heads, int64_t head_dim,
                                               const std::optional<Tensor>& bias,
@@ -149,7 +171,11 @@ std::tuple<Tensor, Tensor, Tensor> qkv_rotary(const Tensor& x, const Tensor& pac
   const SourceRows src = {rows.data(), x_type, rows.stride(), columns.data()};
   const int64_t m = x.size(0) * x.size(1), slab = std::min(m, p.slab_rows());
   if (m == 0) return {out[0], out[1], out[2]};
-  const int64_t workers = Team::size_for(m * f.k_padded * f.n);
+  if (by_library(f, m)) {
+    library_qkv(x, p, bias, perm);
+    return {out[0], out[1], out[2]};
+  }
+  const int64_t workers = Team::size_for(m * f.k_padded * f.n, m);
   Scratch scratch;
   const SlabActivations activations = take_activations(f, slab, &scratch);
   const QkvScratch own(p, slab, workers, &scratch);

@@ -3,8 +3,11 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
 #include <optional>
 
+#include "library.h"
+#include "parallel.h"
 #include "rows.h"
 #include "text.h"
 
@@ -44,7 +47,7 @@ void run_gate_up(Worker* worker, const GatedMlp& p, const SlabActivations& x, co
     args.first_row = first;
     args.first_output = 2 * column;
     for (int64_t tile = 0; tile < 2 * pairs; ++tile) {
-      table.linear(args, 2 * column / kTile + tile, first, last);
+      run_tile(*worker, args, 2 * column / kTile + tile, first, last);
     }
     const int64_t given = std::max<int64_t>(0, std::min(columns, p.down.k - column));
     table.gate(gate, outputs, first, last - first, column, columns, given);
@@ -65,7 +68,9 @@ MlpScratch::MlpScratch(const GatedMlp& p, int64_t slab, int64_t workers, Scratch
 }
 
 int64_t GatedMlp::slab_rows() const {
-  return slmops::slab_rows(row_bytes(gate_up) + down.k_padded * (span_of(down) > 0 ? 1 : 4));
+  return slmops::slab_rows(row_bytes(gate_up) + down.k_padded * (span_of(down) > 0 ? 1
+                                                                 : is_fast(down)   ? 6
+                                                                                   : 4));
 }
 
 void run_mlp(Worker* worker, const GatedMlp& p, const SlabActivations& x, int64_t rows, void* out,
@@ -74,7 +79,7 @@ void run_mlp(Worker* worker, const GatedMlp& p, const SlabActivations& x, int64_
   const GateArgs gate = {
       .down = &down, .activation = p.activation, .rows = scratch.h.quantized, .wide = scratch.wide};
   run_gate_up(worker, p, x, gate, rows, scratch);
-  if (scratch.wide != nullptr && is_int8(down)) {
+  if (scratch.wide != nullptr && (is_int8(down) || uses_pairs(*worker, down))) {
     fill_activations(worker, down, {scratch.wide, DType::f32, down.k_padded, nullptr}, 0, rows,
                      scratch.h);
   }
@@ -104,6 +109,38 @@ std::vector<float> tile_order(const Bias& bias, int64_t hidden, int64_t n) {
 }
 
 namespace {
+
+/// The same through torch's products, a slab of rows at a time.
+void library_swiglu(const Tensor& x, const GatedMlp& p, const Tensor& bias,
+                    const std::optional<Tensor>& down_bias, Tensor* out) {
+  const Format &first = p.gate_up, &down = p.down;
+  const int64_t columns = first.n / 2;
+  const KernelTable& table = kernels();
+  const Tensor rows = torch::stable::reshape(x, {-1, first.k});
+  Tensor target = torch::stable::view(*out, {rows.size(0), down.n});
+  const int64_t slab = library_slab_rows(3 * columns * int64_t{sizeof(float)});
+  for (int64_t row = 0; row < rows.size(0); row += slab) {
+    Tensor part = rows, of_part = target;
+    const int64_t count = std::min(slab, rows.size(0) - row);
+    part = torch::stable::narrow(part, 0, row, count);
+    Tensor gates = library_linear(part, first, p.packed_gate_up,
+                                  bias.numel() > 0 ? std::optional<Tensor>(bias) : std::nullopt,
+                                  std::nullopt, ScalarType::Float);
+    Tensor h = new_tensor({count, down.k_padded}, ScalarType::Float);
+    const GateArgs gate = {.down = &down,
+                           .activation = p.activation,
+                           .rows = {},
+                           .wide = static_cast<float*>(h.mutable_data_ptr())};
+    float* outputs = static_cast<float*>(gates.mutable_data_ptr());
+    parallel(count, share_count(count, columns * 32), [&](int64_t, int64_t begin, int64_t end) {
+      table.gate(gate, outputs + begin * 2 * columns, begin, end - begin, 0, columns, down.k);
+    });
+    of_part = torch::stable::narrow(of_part, 0, row, count);
+    torch::stable::copy_(of_part,
+                         library_linear(torch::stable::narrow(h, 1, 0, down.k), down, p.packed_down,
+                                        down_bias, std::nullopt, out->scalar_type()));
+  }
+}
 
 Tensor swiglu(const Tensor& x, const Tensor& gate_up, const Tensor& down, int64_t hidden,
               int64_t out_features, Text activation, const std::optional<Tensor>& gate_up_bias,
@@ -139,7 +176,15 @@ Tensor swiglu(const Tensor& x, const Tensor& gate_up, const Tensor& down, int64_
   uint8_t* y = static_cast<uint8_t*>(out.mutable_data_ptr());
   const int64_t m = x.numel() / first.k, slab = std::min(m, p.slab_rows());
   if (m == 0) return out;
-  const int64_t workers = Team::size_for(m * first.k_padded * first.n);
+  if (by_library(first, m) && by_library(second, m)) {
+    Tensor bias = new_tensor({static_cast<int64_t>(ordered.size())}, ScalarType::Float);
+    if (!ordered.empty()) {
+      memcpy(bias.mutable_data_ptr(), ordered.data(), ordered.size() * sizeof(float));
+    }
+    library_swiglu(x, p, bias, down_bias, &out);
+    return out;
+  }
+  const int64_t workers = Team::size_for(m * first.k_padded * first.n, m);
   Scratch scratch;
   const SlabActivations activations = take_activations(first, slab, &scratch);
   const MlpScratch own(p, slab, workers, &scratch);

@@ -5,8 +5,6 @@
 // fewer threads), so nobody waits for a thread to arrive: whoever is there takes what is left, and
 // who comes late finds it done.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -15,6 +13,7 @@
 
 #include "../isa/isa.h"
 #include "fp_scope.h"
+#include "threads.h"
 
 namespace slmops {
 
@@ -27,9 +26,9 @@ class Worker;
 /// phases have numbers ("tickets") in one sequence, so that counters only ever grow.
 class Team {
  public:
-  /// How many workers work of `cost` multiply-adds is worth.
-  static int64_t size_for(int64_t cost) {
-    return std::clamp<int64_t>(cost / kThreadCost, 1, torch::stable::get_num_threads());
+  /// How many workers a product of `rows` rows, `cost` multiply-adds in all, is worth.
+  static int64_t size_for(int64_t cost, int64_t rows) {
+    return std::clamp<int64_t>(cost / kThreadCost, 1, thread_count(rows));
   }
 
   /// Calls body(worker) for each of `workers` workers, which must go through the same phases. An
@@ -45,7 +44,8 @@ class Team {
     std::atomic<int64_t> count{0};
   };
   const int64_t workers_;
-  const KernelTable& kernels_ = kernels();
+  const IsaRow& row_ = current();
+  const FastKernels* const fast_ = fast_kernels(row_);
   std::vector<Counter> taken_;  // of each worker's tickets
   Counter done_;                // of all
 };
@@ -61,7 +61,9 @@ class Worker {
   int64_t size() const { return team_.workers_; }
   /// Those of the row in use when the op began: another thread may choose a row meanwhile, and what
   /// one row prepares another cannot read.
-  const KernelTable& table() const { return team_.kernels_; }
+  const KernelTable& table() const { return *team_.row_.kernels; }
+  /// The bf16 kernels beside them, or null.
+  const FastKernels* fast() const { return team_.fast_; }
 
   /// A phase: body(begin, end) for parts of [0, items), by whichever worker; returns when all are
   /// done.

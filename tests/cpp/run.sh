@@ -33,6 +33,7 @@ objects() {
     echo "row_avx2.o $avx2 csrc/isa/avx2.cpp"
     echo "row_avx_vnni.o $avx2 -mavxvnni $(idle avx_vnni) csrc/isa/avx_vnni.cpp"
     echo "row_avx512_vnni.o $avx512 $(idle avx512_vnni) csrc/isa/avx512_vnni.cpp"
+    echo "row_avx512_bf16.o $avx512 -mavx512bf16 $(idle avx512_bf16) csrc/isa/avx512_bf16.cpp"
     echo "row_amx.o $avx512 -mamx-tile -mamx-int8 $(idle amx_tile amx_int8) csrc/isa/amx.cpp"
   fi
   local sources=(csrc/isa/isa.cpp csrc/pack/*.cpp)

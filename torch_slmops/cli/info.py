@@ -105,8 +105,9 @@ def _isa(asked: str | None) -> dict[str, Any]:
 def _threads() -> dict[str, Any]:
     import torch
 
-    from torch_slmops import machine
+    from torch_slmops import machine, tuning
 
+    of = torch.ops.slmops._thread_count
     count, allowed, quota = torch.get_num_threads(), machine.cpus_allowed(), machine.cpus_of_quota()
     notes = []
     if count > allowed:
@@ -115,6 +116,9 @@ def _threads() -> dict[str, Any]:
         notes.append(f"more threads than the container's {quota:g} CPUs: use --threads")
     return {
         "torch": count,
+        "decode": of(1),
+        "prefill": of(512),
+        "tuned": tuning.load() is not None,
         "cpus": os.cpu_count(),
         "cpus_allowed": allowed,
         "container_cpus": quota,
@@ -161,6 +165,11 @@ def _show(found: dict[str, Any], screen: Screen) -> None:
         *(("", f"{words}.") for words in found["isa"]["description"].rstrip(".").split(". ")),
         ("threads", f"{threads['torch']}, on {threads['cpus_allowed']} CPUs of {threads['cpus']}"),
         *(("", note) for note in threads["notes"]),
+        (
+            "of them used",
+            f"{threads['decode']} for decoding, {threads['prefill']} for the prefill, "
+            f"{'tuned' if threads['tuned'] else 'not tuned'}",
+        ),
     ]
     if environment:
         rows.append(("environment", environment))

@@ -18,12 +18,13 @@ from torch_slmops.cli import (
     report,
     selfcheck,
     serve,
+    tune,
 )
 from torch_slmops.cli.screen import USAGE, Screen, UserError
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = (info, quantize, generate, chat, report, evaluate, selfcheck, bench, serve)
+COMMANDS = (info, quantize, generate, chat, report, evaluate, selfcheck, bench, tune, serve)
 
 _INTERRUPTED = 130
 _EPILOG = """exit codes: 0 done; 1 it failed, or selfcheck found a difference; 2 wrong arguments;

@@ -82,7 +82,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--group-size", type=int, metavar="N", help="inputs that share a scale")
     group.add_argument("--asymmetric", action="store_true", help="with zero points")
     group.add_argument(
-        "--activations", choices=("int8", "float"), help="default: int8 where it serves"
+        "--activations",
+        choices=("int8", "float", "float_fast"),
+        help="default: int8 where it serves",
     )
     group.add_argument("--act-group", type=int, choices=(32, 64, 128, -1))
     group.add_argument("--include", action="append", metavar="PATTERN", help="layers to pack")

@@ -25,6 +25,10 @@ def linear(
     fixed order, rounded once to the result's dtype: the same bits on every CPU, for every number
     of threads and rows. A row with a NaN or an infinity gives NaN in "int8" mode.
 
+    With "float_fast" x is rounded to bfloat16 where the CPU has dots of it, and from some number of
+    rows on torch multiplies by the unpacked weight: within the bound of docs/arithmetic.md, but
+    neither the same bits on every CPU nor in every batch.
+
     Args:
         x: [..., K], float32, bfloat16 or float16; any strides.
         packed: uint8 [bytes], a packed weight of N outputs and K inputs.

@@ -106,7 +106,7 @@ def pack_(
         group_size: A multiple of 32, or -1 for all K; 16 or -1 beside `sub_scale`.
         act_group: Inputs that share an activation scale: 32, 64, 128 or -1 (all K); a multiple or
             a divisor of the group.
-        activations: "int8" or "float": how `linear` treats its input.
+        activations: "int8", "float" or "float_fast": how `linear` treats its input.
         offset: `zero_point`, of the scale's dtype, is the m of `w = scale * code + m`.
     """
     OPS.pack_.default(

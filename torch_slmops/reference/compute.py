@@ -37,7 +37,8 @@ def linear(
 ) -> Tensor:
     """y[..., n] = sum over k of x[..., k] * w[n, k] + bias[n]: `torch_slmops.ops.linear`.
 
-    Arguments and result as there. "float_fast" is outside of the contract; here it is "float".
+    Arguments and result as there. "float_fast" is outside of the contract; here it is "float", from
+    which it differs by no more than `float_fast_bound`.
 
     Raises:
         ValueError: A shape that does not fit the packed weight.
