@@ -111,10 +111,10 @@ class TestActOrder:
     def test_another_order_of_the_down_projection(self, tmp_path: Path) -> None:
         """A weight that is assigned takes its inputs as they come, or in an order of its own."""
         model, _ = self.loaded(tmp_path)
-        mlp, other = model.model.layers[0].mlp, model.model.layers[1].mlp
-        x = torch.randn(3, 128)
+        mlp, x = model.model.layers[0].mlp, torch.randn(3, 128)
+        other = Linear.from_packed(mlp.down_proj.packed, perm=mlp.down_proj.perm.flip(0))
         weight = torch.randn(mlp.down_proj.out_features, mlp.gate_up.hidden)
-        for value in (weight, other.down_proj.weight):
+        for value in (other.weight, weight):
             mlp.down_proj.weight = value
             h = torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
             assert_same_bits(mlp(x), mlp.down_proj(h))

@@ -27,6 +27,7 @@ __all__ = ["FORMAT_VERSION", "Layer", "Recipe", "SavedModelError", "Stored", "fa
 
 FORMAT_VERSION = 1
 VERSION_KEY, RECIPE_KEY, DIGEST_KEY = "slmops_format", "slmops_recipe", "slmops_recipe_sha256"
+_ORDERS = (".perm", ".order")  # of the inputs or rows of packed modules
 # Fields of a spec that come from the code of a module, and are found again when it is loaded.
 _OF_THE_CODE = ("parameters", "cache", "eager", "tables")
 
@@ -205,6 +206,9 @@ def _once(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
         if not isinstance(tensor, Tensor) or tensor.device.type != "cpu":
             what = f"on {tensor.device}" if isinstance(tensor, Tensor) else f"a {type(tensor)}"
             raise TypeError(f"{name}: expected a tensor on the CPU to save, got one {what}")
+        if name.endswith(_ORDERS):
+            kept[name] = tensor.clone()  # each module has its own, whoever else has the same
+            continue
         key = weight_key(tensor) if tensor.numel() else name
         if key in first:
             shared[name] = first[key]
