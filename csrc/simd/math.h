@@ -6,6 +6,7 @@
 #pragma once
 
 #define SLMOPS_INLINE inline __attribute__((always_inline))
+#define SLMOPS_NOINLINE __attribute__((noinline))
 
 namespace slmops::SLMOPS_ISA {
 namespace {
