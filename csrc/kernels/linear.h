@@ -41,11 +41,11 @@ inline void sub16_step(const Step& s) {
       expanded_pass(f, lines, half, LineDots<8>{rows.codes, rows.code_stride}, rows, acc);
     });
   } else if (f.act_group >= kSubBlock) {
-    for_passes<true>(begin, s.end, s.sums_at(begin), [&](auto& acc, int half, int64_t row) {
+    for_passes(begin, s.end, s.sums_at(begin), [&](auto& acc, int half, int64_t row) {
       sub16_pass<true>(f, s.chunk, half, s.rows_at(row, 0), acc);
     });
   } else {
-    for_passes<true>(begin, s.end, s.sums_at(begin), [&](auto& acc, int half, int64_t row) {
+    for_passes(begin, s.end, s.sums_at(begin), [&](auto& acc, int half, int64_t row) {
       sub16_pass<false>(f, s.chunk, half, s.rows_at(row, 0), acc);
     });
   }
