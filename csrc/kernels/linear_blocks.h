@@ -231,8 +231,8 @@ struct BlockTerms {
 
 /// 4 outputs of a block on a chunk, from the sums at `out` on.
 template <class B, ZeroKind kZero, bool kSmall>
-inline void group_block(const Format& f, int64_t count, int quarter, const BlockRoom& room,
-                        float* out) {
+SLMOPS_INLINE void group_block(const Format& f, int64_t count, int quarter, const BlockRoom& room,
+                               float* out) {
   const int64_t unit = preset_unit(f);
   const int64_t factors = quarter * B::kFactors;
   BlockTerms<B, kZero, kSmall> terms = {
@@ -258,8 +258,8 @@ inline void group_block(const Format& f, int64_t count, int quarter, const Block
 
 /// The same of expanded sub16 weights: a sum for each activation group.
 template <class B, bool kSmall>
-inline void sub16_block(const Format& f, int64_t count, int quarter, const BlockRoom& room,
-                        float* out) {
+SLMOPS_INLINE void sub16_block(const Format& f, int64_t count, int quarter, const BlockRoom& room,
+                               float* out) {
   BlockWalk<B> walk = {room.operands + quarter * count * 4, room.codes, room.starts};
   const float* row_scales = room.row_scales;
   F32 acc[2] = {B::load_sums(out, kTile), B::load_sums(out + 4 * kTile, kTile)};
@@ -275,7 +275,23 @@ inline void sub16_block(const Format& f, int64_t count, int quarter, const Block
   B::store_sums(out + 4 * kTile, kTile, acc[1]);
 }
 
-/// Calls prepare(row, rows present) and block(quarter, sums) for blocks of 8 rows, as long as more
+// All outputs of a block, as functions of their own: see outlined.
+template <class B, ZeroKind kZero, bool kSmall>
+SLMOPS_NOINLINE void group_tile(const Format& f, int64_t count, const BlockRoom& room,
+                                float* sums) {
+  for (int quarter = 0; quarter < 8; ++quarter) {
+    group_block<B, kZero, kSmall>(f, count, quarter, room, sums + 4 * quarter);
+  }
+}
+template <class B, bool kSmall>
+SLMOPS_NOINLINE void sub16_tile(const Format& f, int64_t count, const BlockRoom& room,
+                                float* sums) {
+  for (int quarter = 0; quarter < 8; ++quarter) {
+    sub16_block<B, kSmall>(f, count, quarter, room, sums + 4 * quarter);
+  }
+}
+
+/// Calls prepare(row, rows present) and run(sums) for blocks of 8 rows, as long as more
 /// than kMaxRows are left; returns the first row that is left.
 template <class Prepare, class Run>
 SLMOPS_INLINE int64_t for_blocks_of_8(const Step& s, const Prepare& prepare, const Run& run) {
@@ -293,7 +309,7 @@ SLMOPS_INLINE int64_t for_blocks_of_8(const Step& s, const Prepare& prepare, con
       memset(padded, 0, sizeof(padded));
       memcpy(padded, sums, bytes);
     }
-    for (int quarter = 0; quarter < 8; ++quarter) run(quarter, at + 4 * quarter);
+    run(at);
     if (at == padded) memcpy(sums, padded, bytes);
   }
   return row < s.end ? row : s.end;
@@ -315,9 +331,9 @@ inline int64_t group_blocks(const Step& s) {
         block_starts<B, kZero, kBits == 8 ? kDot8Bias : 0>(rows, count / unit, present,
                                                            small ? kSumBias : 0, room);
       },
-      [&](int quarter, float* sums) {
-        if (small) return group_block<B, kZero, true>(f, count, quarter, room, sums);
-        group_block<B, kZero, false>(f, count, quarter, room, sums);
+      [&](float* sums) {
+        if (small) return group_tile<B, kZero, true>(f, count, room, sums);
+        group_tile<B, kZero, false>(f, count, room, sums);
       });
 }
 
@@ -336,9 +352,9 @@ inline int64_t sub16_blocks(const Step& s) {
         block_starts<B, ZeroKind::none, 0>(rows, count / f.act_group, present, small ? kSumBias : 0,
                                            room);
       },
-      [&](int quarter, float* sums) {
-        if (small) return sub16_block<B, true>(f, count, quarter, room, sums);
-        sub16_block<B, false>(f, count, quarter, room, sums);
+      [&](float* sums) {
+        if (small) return sub16_tile<B, true>(f, count, room, sums);
+        sub16_tile<B, false>(f, count, room, sums);
       });
 }
 

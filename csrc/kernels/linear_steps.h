@@ -9,10 +9,44 @@ namespace {
 template <int kRows>
 constexpr int kPassLines = kRows <= kWideRows ? 2 : 1;
 
+template <class Body>
+SLMOPS_NOINLINE void outlined(const Body& body) {
+  body();
+}
+
+/// for_passes where several passes in one function would share its registers badly (g++ 12,
+/// AArch64: 4 rows of sub16 1.4 times the instructions): each is a function of its own.
+template <class Pass>
+SLMOPS_INLINE void for_outlined_passes(int64_t begin, int64_t end, float* sums, const Pass& pass) {
+  for (int64_t row = begin; row < end; row += kMaxRows) {
+    with_constant<kMaxRows>(end - row < kMaxRows ? end - row : kMaxRows, [&](auto count) {
+      constexpr int kRows = decltype(count)::value, kLines = kPassLines<kRows>;
+      for (int half = 0; half < 2; half += kLines) {
+        outlined([&]() {
+          float* mine = sums + (row - begin) * kTile + half * kLanes;
+          F32 acc[kRows][kLines];
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+            for (int l = 0; l < kLines; ++l) acc[r][l] = load(mine + r * kTile + l * kLanes);
+          }
+          pass(acc, half, row);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+            for (int l = 0; l < kLines; ++l) store(mine + r * kTile + l * kLanes, acc[r][l]);
+          }
+        });
+      }
+    });
+  }
+}
+
 /// Calls pass(acc, half, row) for all rows, kMaxRows at a time, and all halves; `sums` has 32 per
 /// row.
 template <class Pass>
 SLMOPS_INLINE void for_passes(int64_t begin, int64_t end, float* sums, const Pass& pass) {
+  if constexpr (kBlocks) return for_outlined_passes(begin, end, sums, pass);
   for (int64_t row = begin; row < end; row += kMaxRows) {
     with_constant<kMaxRows>(end - row < kMaxRows ? end - row : kMaxRows, [&](auto count) {
       constexpr int kRows = decltype(count)::value, kLines = kPassLines<kRows>;

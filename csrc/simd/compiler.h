@@ -7,6 +7,7 @@
 #include <math.h>
 
 #define SLMOPS_INLINE __forceinline
+#define SLMOPS_NOINLINE __declspec(noinline)
 #define SLMOPS_PREFETCH(p) _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0)
 #define SLMOPS_FMAF(x, y, z) fmaf(x, y, z)
 #define SLMOPS_SQRTF(x) sqrtf(x)
@@ -16,6 +17,7 @@
 #else
 
 #define SLMOPS_INLINE inline __attribute__((always_inline))
+#define SLMOPS_NOINLINE __attribute__((noinline))
 #define SLMOPS_PREFETCH(p) __builtin_prefetch(p)
 #define SLMOPS_FMAF(x, y, z) __builtin_fmaf(x, y, z)
 #define SLMOPS_SQRTF(x) __builtin_sqrtf(x)
