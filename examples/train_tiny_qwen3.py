@@ -7,7 +7,8 @@
 archives on PyPI: 827 files, 11 MB, mostly prose. The model is a second one to measure accuracy on:
 another family than examples/tiny_llama, trained on another kind of text. Steps, seed, thread count
 and torch version fix it. OUT receives the model (bf16), the tokenizer, val_tokens.npy, held-out
-tokens, and calibration_tokens.npy, some of those it was trained on.
+tokens, and calibration_tokens.npy, some of those it was trained on. The one that docs/accuracy.md
+measures was trained with --bf16 and one thread; its held-out loss is 2.99 nats per token.
 """
 
 from __future__ import annotations
