@@ -196,7 +196,7 @@ inline void round_rows(const Format& f, const SourceRows& src, const PairRows& o
           store_pairs(pairs + k, rounded);
           if (sums) partials = partials + load_bf16(rounded);
         }
-        if (sums) *sum = reduce16(partials);
+        if (sums) *sum = reduce_add(partials);
       }
     });
   }
