@@ -18,7 +18,6 @@ using torch::stable::detail::from;
 using torch::stable::detail::to;
 
 constexpr int64_t kPanelBytes = 4 << 20;
-constexpr int64_t kPadding = kTile;  // of a row: a stride of a power of two fills few cache sets
 constexpr int64_t kSlabBytes = 64 << 20;
 constexpr int64_t kExpandCost = 8;  // of a weight, in multiply-adds
 
@@ -84,8 +83,7 @@ Tensor library_linear(const Tensor& x, const Format& f, const uint8_t* packed,
   }
   const int64_t most = std::max<int64_t>(1, kPanelBytes / (f.k * kTile * size_of(type)));
   const int64_t tiles = std::min(most, f.tiles);
-  const int64_t stride = tiles * kTile + kPadding;
-  Tensor panel = new_tensor({f.k, stride}, scalar_type(type));
+  Tensor panel = new_tensor({f.k, tiles * kTile}, scalar_type(type));
   const KernelTable& table = kernels();
   for (int64_t tile = 0; tile < f.tiles; tile += tiles) {
     const int64_t count = std::min(tiles, f.tiles - tile), n = tile * kTile;
@@ -93,7 +91,8 @@ Tensor library_linear(const Tensor& x, const Format& f, const uint8_t* packed,
     parallel(count, share_count(count, f.k * kTile * kExpandCost),
              [&](int64_t, int64_t begin, int64_t end) {
                for (int64_t i = begin; i < end; ++i) {
-                 table.expand(f, packed, tile + i, type, data + i * kTile * size_of(type), stride);
+                 table.expand(f, packed, tile + i, type, data + i * kTile * size_of(type),
+                              tiles * kTile);
                }
              });
     const int64_t columns = std::min(count * kTile, f.n - n);
