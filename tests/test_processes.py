@@ -152,7 +152,7 @@ class TestInterrupt:
 
     def test_while_swapping_waits_for_the_end(self, monkeypatch: Any) -> None:
         model = small_model()
-        module: Any = sys.modules["torch_slmops.optimize"]
+        module: Any = sys.modules["torch_slmops.carry_out"]
         put = module.put
 
         def interrupted(swaps: Any) -> None:
