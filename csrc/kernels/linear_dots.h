@@ -86,6 +86,17 @@ SLMOPS_INLINE void add_int8(const uint8_t* lines, const int8_t* codes, int64_t s
                             I32 (&sum)[kRows][kLines]) {
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
+    if constexpr (kDotsByRows) {  // a line at a time, for few registers
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l) {
+        const Bytes u = bytes(load_line(lines + (2 * j + l) * kLineBytes));
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          sum[r][l] = dot8(sum[r][l], u, load_codes(codes + r * stride), j);
+        }
+      }
+      continue;
+    }
     Bytes u[kLines];
 #pragma GCC unroll 2
     for (int l = 0; l < kLines; ++l)
