@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from bits import assert_same_bits
 from cases import FLOATS, VALUES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from int8_kv import int8_heads
 from torch import Tensor
 
 import torch_slmops
@@ -40,6 +42,31 @@ def run(
     return ops.attention(q, k, v, mask, position, causal, window, q.shape[3] ** -0.5, softcap)
 
 
+def run_int8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    first: list[int] | None = None,
+    *,
+    causal: bool = True,
+    window: int = 0,
+) -> Tensor:
+    """Attention on k and v [B, L, H, D] as int8."""
+    position = None if first is None else torch.tensor(first)
+    (keys, k_scale), (values, v_scale) = int8_heads(k, False), int8_heads(v, True)
+    scales = (k_scale[:, :, : k.shape[1]], v_scale[:, :, : k.shape[1]])
+    options = (causal, window, q.shape[3] ** -0.5, 0.0, *scales)
+    return ops.attention(q, keys, values, mask, position, *options)
+
+
+@pytest.fixture(params=[run, run_int8], ids=["float", "int8"])
+def either(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    """Attention on keys and values as they are, and on int8 ones."""
+    found: Callable[..., Tensor] = request.param
+    return found
+
+
 @st.composite
 def drawn(draw: st.DrawFn) -> tuple[Any, ...]:
     group, kv_heads = draw(st.integers(1, 9)), draw(st.integers(1, 2))
@@ -56,12 +83,13 @@ def drawn(draw: st.DrawFn) -> tuple[Any, ...]:
         causal=draw(st.booleans()),
         window=draw(st.sampled_from([0, 1, 17, 280])),
         softcap=draw(st.sampled_from([0.0, 0.0, 30.0])),
+        int8=draw(st.booleans()),
     )
     return case.arguments(draw(st.sampled_from(FLOATS)))
 
 
 @given(drawn(), st.sampled_from(torch_slmops.isas()), st.integers(1, 8))
-@settings(max_examples=250)
+@settings(max_examples=400)
 def test_equals_reference(arguments: tuple[Any, ...], isa: str, threads: int) -> None:
     before = torch_slmops.isa(), torch.get_num_threads()
     torch_slmops.set_isa(isa)
@@ -83,17 +111,19 @@ def sequence(dtype: torch.dtype = torch.bfloat16, d: int = 16) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("window", [0, 270])
-def test_decode_gives_the_bits_of_prefill(window: int, isa: str) -> None:
+def test_decode_gives_the_bits_of_prefill(
+    window: int, isa: str, either: Callable[..., Tensor]
+) -> None:
     q, k, v = sequence()
-    whole = run(q, k, v, window=window)
+    whole = either(q, k, v, window=window)
     steps = [*range(1, 40), *range(250, 262), *range(508, 520), LENGTH]
     for end in steps:
-        row = run(q[:, end - 1 : end], k[:, :end], v[:, :end], window=window)
+        row = either(q[:, end - 1 : end], k[:, :end], v[:, :end], window=window)
         assert_same_bits(row, whole[:, end - 1 : end], f"token {end}")
     for count in (2, 3, 16, 255, 257):
         for end in (count, 300, 513, LENGTH):
             begin = max(0, end - count)
-            rows = run(q[:, begin:end], k[:, :end], v[:, :end], window=window)
+            rows = either(q[:, begin:end], k[:, :end], v[:, :end], window=window)
             assert_same_bits(rows, whole[:, begin:end], f"{count} tokens up to {end}")
 
 
@@ -107,19 +137,21 @@ def pad(x: Tensor, count: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["bool", "add"])
 @pytest.mark.parametrize("count", [1, 255, 256, 257])
-def test_left_padding_changes_no_bit(count: int, kind: str, isa: str) -> None:
+def test_left_padding_changes_no_bit(
+    count: int, kind: str, isa: str, either: Callable[..., Tensor]
+) -> None:
     q, k, v = sequence()
-    whole = run(q, k, v)
+    whole = either(q, k, v)
     wide = [pad(x, count) for x in (q, k, v)]
     mask = (torch.arange(count + LENGTH) >= count).expand(1, 1, count + LENGTH, -1)
     if kind == "add":
         mask = torch.where(mask, 0.0, -math.inf)
-    padded = run(*wide, mask, [-count])
+    padded = either(*wide, mask, [-count])
     assert_same_bits(padded[:, count:], whole)
     assert not padded[:, :count].any(), "queries that see no key"
     for end in (1, 15, 257, LENGTH):
         slots = count + end
-        row = run(
+        row = either(
             wide[0][:, slots - 1 : slots],
             *(x[:, :slots] for x in wide[1:]),
             mask[:, :, slots - 1 : slots, :slots],
@@ -128,27 +160,29 @@ def test_left_padding_changes_no_bit(count: int, kind: str, isa: str) -> None:
         assert_same_bits(row, whole[:, end - 1 : end], f"token {end}")
 
 
-def test_a_batch_of_different_paddings(isa: str) -> None:
+def test_a_batch_of_different_paddings(isa: str, either: Callable[..., Tensor]) -> None:
     q, k, v = sequence()
     counts, length = (0, 1, 255, 257), 300
     parts = [x[:, :length] for x in (q, k, v)]
     batch = [torch.cat([pad(x[:, : length - count], count) for count in counts]) for x in parts]
     mask = torch.arange(length) >= torch.tensor(counts)[:, None, None, None]
     mask = mask.expand(-1, 1, length, -1)
-    together = run(*batch, mask, [-count for count in counts])
-    whole = run(q, k, v)
+    together = either(*batch, mask, [-count for count in counts])
+    whole = either(q, k, v)
     for b, count in enumerate(counts):
         assert_same_bits(together[b, count:], whole[0, : length - count], f"{count} pads")
 
 
 @pytest.mark.parametrize("dropped", [1, 100, 256, 300])
-def test_a_rolled_cache_changes_no_bit(dropped: int, isa: str) -> None:
+def test_a_rolled_cache_changes_no_bit(
+    dropped: int, isa: str, either: Callable[..., Tensor]
+) -> None:
     """A cache of a sliding layer that has dropped what its window no longer reaches."""
     q, k, v = sequence()
     window = 290
-    whole = run(q, k, v, window=window)
+    whole = either(q, k, v, window=window)
     for end in (dropped + window, LENGTH):
-        row = run(
+        row = either(
             q[:, end - 1 : end],
             k[:, dropped:end],
             v[:, dropped:end],
@@ -158,13 +192,13 @@ def test_a_rolled_cache_changes_no_bit(dropped: int, isa: str) -> None:
         assert_same_bits(row, whole[:, end - 1 : end], f"token {end}")
 
 
-def test_number_of_threads(threads: None) -> None:
+def test_number_of_threads(threads: None, either: Callable[..., Tensor]) -> None:
     q, k, v = sequence()
     calls = {
-        "prefill": lambda: run(q, k, v),
-        "batch": lambda: run(*(x.expand(9, -1, -1, -1) for x in (q, k, v))),
-        "decode": lambda: run(q[:, -1:], k, v),
-        "three tokens": lambda: run(q[:, -3:], k, v, first=[7]),
+        "prefill": lambda: either(q, k, v),
+        "batch": lambda: either(*(x.expand(9, -1, -1, -1) for x in (q, k, v))),
+        "decode": lambda: either(q[:, -1:], k, v),
+        "three tokens": lambda: either(q[:, -3:], k, v, first=[7]),
     }
     for name, call in calls.items():
         torch.set_num_threads(1)
@@ -203,18 +237,18 @@ def test_masks_that_say_the_same(isa: str) -> None:
     assert_same_bits(run(q, k, v, added, causal=False), expected, "additive")
 
 
-def test_what_is_masked_reaches_nothing(isa: str) -> None:
+def test_what_is_masked_reaches_nothing(isa: str, either: Callable[..., Tensor]) -> None:
     q, k, v = sequence(torch.float32)
     q, k, v = q[:, :300], k[:, :300].clone(), v[:, :300].clone()
     mask = torch.rand(1, 1, 300, 300) < 0.8
     hidden = torch.arange(300) % 7 == 3
     mask &= ~hidden
-    expected = run(q, k, v, mask)
+    expected = either(q, k, v, mask)
     for bad in (math.nan, math.inf, -math.inf):
         k[:, hidden], v[:, hidden] = bad, bad
-        assert_same_bits(run(q, k, v, mask), expected, str(bad))
+        assert_same_bits(either(q, k, v, mask), expected, str(bad))
         added = torch.where(mask, 0.0, -math.inf)
-        assert_same_bits(run(q, k, v, added), expected, f"{bad}, additive")
+        assert_same_bits(either(q, k, v, added), expected, f"{bad}, additive")
 
 
 def test_values_that_are_not_finite(isa: str) -> None:
