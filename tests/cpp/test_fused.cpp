@@ -68,7 +68,8 @@ void test_heads(Random& random) {
     }
     std::fill_n(out->k.data(), out->k.count(), uint8_t{0});  // what is free stays
     if (blocked)
-      mine.out[1] = {parts[1], mine.heads[1] * slots * d, 0, slots * d, true, first_slot};
+      mine.out[1] = {parts[1],  mine.heads[1] * slots * d, 0,
+                     slots * d, HeadsLayout::key_blocks,   first_slot};
     for (int64_t head = 0; head < all; head += at_once) {
       const int64_t count = std::min(at_once, all - head);
       Block<float> scratch(rows * count * d);
