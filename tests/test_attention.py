@@ -37,27 +37,18 @@ def run(
     causal: bool = True,
     window: int = 0,
     softcap: float = 0.0,
+    scales: tuple[Tensor, ...] = (),
 ) -> Tensor:
     position = None if first is None else torch.tensor(first)
-    return ops.attention(q, k, v, mask, position, causal, window, q.shape[3] ** -0.5, softcap)
+    options = (causal, window, q.shape[3] ** -0.5, softcap, *scales)
+    return ops.attention(q, k, v, mask, position, *options)
 
 
-def run_int8(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    first: list[int] | None = None,
-    *,
-    causal: bool = True,
-    window: int = 0,
-) -> Tensor:
-    """Attention on k and v [B, L, H, D] as int8."""
-    position = None if first is None else torch.tensor(first)
+def run_int8(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+    """`run` on k and v [B, L, H, D] as int8."""
     (keys, k_scale), (values, v_scale) = int8_heads(k, False), int8_heads(v, True)
     scales = (k_scale[:, :, : k.shape[1]], v_scale[:, :, : k.shape[1]])
-    options = (causal, window, q.shape[3] ** -0.5, 0.0, *scales)
-    return ops.attention(q, keys, values, mask, position, *options)
+    return run(q, keys, values, *rest, scales=scales, **options)
 
 
 @pytest.fixture(params=[run, run_int8], ids=["float", "int8"])
