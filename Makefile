@@ -134,9 +134,10 @@ cpptest-threads:
 	tests/cpp/run.sh threads
 
 FUZZ_SECONDS ?= 30
+FUZZ_SEED ?= 0
 fuzz: build $(VENV)/.stamp-dev
-	tests/cpp/fuzz/run.sh $(FUZZ_SECONDS)
-	tests/fuzz/run.sh $(VENV)/bin/python $(FUZZ_SECONDS)
+	tests/cpp/fuzz/run.sh $(FUZZ_SECONDS) $(FUZZ_SEED)
+	tests/fuzz/run.sh $(VENV)/bin/python $(FUZZ_SECONDS) $(FUZZ_SEED)
 
 emulate-avx2: build $(VENV)/.stamp-dev
 	tools/emulate_avx2.sh $(VENV)/bin/python

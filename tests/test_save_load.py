@@ -227,6 +227,25 @@ class TestDamage:
         with pytest.raises(SavedModelError, match="its metadata is damaged"):
             load(saved, into=tied())
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"exclude": [[0], 1]}, r"option exclude of \[\[0\], 1\]"),
+            ({"weights": "int3"}, r"expected weights \"int4\" or \"int8\", got 'int3'"),
+            ({"fuse": "yes"}, r"option fuse of 'yes'"),
+            ({"kv_cache": "int4"}, r"kv_cache: expected \"int8\" or None, got 'int4'"),
+            ({"wieghts": "int4"}, r"options wieghts"),
+        ],
+    )
+    def test_options(self, saved: Path, change: dict[str, Any], message: str) -> None:
+        metadata = metadata_of(saved)
+        recipe = json.loads(metadata[RECIPE_KEY])
+        recipe["options"] |= change
+        text = json.dumps(recipe)
+        rewritten(saved, metadata | {RECIPE_KEY: text, DIGEST_KEY: digest(text)})
+        with pytest.raises(SavedModelError, match=rf"model\.safetensors: .*{message}"):
+            load(saved, into=tied())
+
     def test_every_tensor(self, saved: Path) -> None:
         data, tensors = saved.read_bytes(), load_file(saved)
         entries = json.loads(header_of(data))

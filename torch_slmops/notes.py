@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from torch_slmops.attention import set_kv_cache
+from torch_slmops.attention import check_kv_cache, set_kv_cache
 from torch_slmops.budget import Budget
 from torch_slmops.fuse import Left
+from torch_slmops.plan import make_formats
 
 __all__ = [
     "budget_of",
+    "check_options",
     "left_of",
     "note_budget",
     "note_left",
@@ -26,6 +28,23 @@ __all__ = [
 
 _BUDGET, _ROTATED = "_slmops_budget", "_slmops_rotated"
 _LEFT, _OPTIONS = "_slmops_left", "_slmops_options"
+# The arguments of `optimize` that are noted: those that make the formats, and the others.
+_OF_FORMATS: dict[str, Any] = {
+    "weights": str,
+    "scale_kind": str | None,
+    "group_size": int | None,
+    "symmetric": bool,
+    "activations": str | None,
+    "act_group": int | None,
+    "lm_head": str | None,
+}
+_OTHERS: dict[str, Any] = {
+    "include": str | list | None,
+    "exclude": str | list | None,
+    "fuse": bool,
+    "strict": bool,
+    "kv_cache": str | None,
+}
 
 
 def note_left(model: nn.Module, left: Mapping[str, Left]) -> None:
@@ -86,6 +105,27 @@ def note_options(model: nn.Module, options: Mapping[str, Any]) -> None:
             attach(module, noted)
         else:
             pending += module.children()
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuses what `note_options` cannot have been given; nothing at all is right too.
+
+    Raises:
+        ValueError: An argument that `optimize` does not have, misses or would refuse.
+    """
+    if not options:
+        return
+    expected = _OF_FORMATS | _OTHERS
+    if unknown := sorted(options.keys() - expected.keys()):
+        raise ValueError(f"options {', '.join(unknown)}")
+    if missing := sorted(_OF_FORMATS.keys() - options.keys()):
+        raise ValueError(f"no option {', '.join(missing)}")
+    for name, value in options.items():
+        patterns = value if isinstance(value, list) else []
+        if not (isinstance(value, expected[name]) and all(isinstance(p, str) for p in patterns)):
+            raise ValueError(f"option {name} of {value!r}")
+    make_formats(**{name: options[name] for name in _OF_FORMATS})
+    check_kv_cache(options.get("kv_cache"))
 
 
 def note_saved(

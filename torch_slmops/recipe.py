@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch_slmops import ops
 from torch_slmops.fused import Fused
 from torch_slmops.modules import PackedModule
-from torch_slmops.notes import left_of, options_of
+from torch_slmops.notes import check_options, left_of, options_of
 from torch_slmops.survey import weight_key
 
 __all__ = ["FORMAT_VERSION", "Layer", "Recipe", "SavedModelError", "Stored", "facts", "recipe_of"]
@@ -126,7 +126,7 @@ class Recipe:
             )
         try:
             return _from_plain(json.loads(text))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise SavedModelError(
                 f"{file}: expected a recipe as of format {FORMAT_VERSION} in its metadata, got "
                 f"another ({type(error).__name__}: {error})"
@@ -247,6 +247,6 @@ def _from_plain(plain: Any) -> Recipe:
     shared = dict(plain["shared"])
     if not set(shared.values()) <= tensors.keys() or tensors.keys() & shared.keys():
         raise ValueError("shared tensors that are not there")
-    return Recipe(
-        layers, blocks, tensors, shared, left, dict(plain["options"]), dict(plain["made_by"])
-    )
+    options = dict(plain["options"])
+    check_options(options)
+    return Recipe(layers, blocks, tensors, shared, left, options, dict(plain["made_by"]))

@@ -1,13 +1,14 @@
 #!/bin/bash
 # Builds the fuzzer of packed weights with clang's libFuzzer, under AddressSanitizer and UndefinedBehaviorSanitizer, and lets it
-# run: `tests/cpp/fuzz/run.sh [SECONDS]`, 30 by default. What it finds is kept in tests/cpp/build/fuzz/, and so is its corpus.
+# run: `tests/cpp/fuzz/run.sh [SECONDS [SEED]]`, by default 30 seconds and another seed each time. What it finds is kept in
+# tests/cpp/build/fuzz/, and so is its corpus.
 #
 # clang is CXX if that is one, else the newest on PATH, else Debian's clang-16, which is installed where apt-get may. Where there
 # is none, it says so and ends with 0; with SLMOPS_FUZZ=required that is an error.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
-seconds=${1:-30}
+seconds=${1:-30} seed=${2:-0}
 dir=tests/cpp/build/fuzz
 mkdir -p "$dir/corpus"
 
@@ -49,7 +50,7 @@ if [[ ! -f $program || -n $(find csrc/pack csrc/kernels csrc/simd csrc/isa tests
   # shellcheck disable=SC2086
   "$clang" $flags -o "$program" tests/cpp/fuzz/packed.cpp csrc/isa/scalar.cpp csrc/pack/*.cpp
 fi
-"$program" -max_total_time="$seconds" -max_len=16384 -timeout=10 -rss_limit_mb=1024 -print_final_stats=1 \
+"$program" -max_total_time="$seconds" -seed="$seed" -max_len=16384 -timeout=10 -rss_limit_mb=1024 -print_final_stats=1 \
   -artifact_prefix="$dir/found-" "$dir/corpus" 2>"$dir/log" || {
   tail -n 60 "$dir/log"
   exit 1
