@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "compiler.h"
+
 namespace slmops::SLMOPS_ISA {
 namespace {
 
