@@ -143,9 +143,9 @@ class Fused(nn.Module):
 
 
 def has_hooks(module: nn.Module | None) -> bool:
-    """Whether calls of `module` run hooks of its own."""
+    """Whether calls of `module` run hooks of its own, or a forward that its class does not have."""
     own = vars(module)
-    return any(own[name] for name in HOOKS)
+    return "forward" in own or any(own[name] for name in HOOKS)
 
 
 _classes: dict[tuple[type, type], type[Fused]] = {}
