@@ -141,7 +141,7 @@ class FusedDecoderLayer(Fused):
             return None
         attention: Any = self._modules[self.slmops.row.attention]
         mlp: Any = self._modules[self.slmops.row.mlp]
-        slots = _Slots.of(call, [layer._attention() for layer in layers])
+        slots = _Slots.of(call, [layer._modules[self.slmops.row.attention] for layer in layers])
         if slots is None:
             return None
         inner, norm, row = attention.slmops, self.slmops.norm, self.slmops.row
@@ -238,7 +238,7 @@ class FusedDecoderLayer(Fused):
         attention, mlp = children[row.attention], children[row.mlp]
         if not isinstance(attention, FusedAttention) or not isinstance(mlp, FusedMLP):
             return None
-        if not (self.is_bare() and attention.is_bare() and mlp.is_bare()):
+        if any(block.training or not block.is_bare() for block in (self, attention, mlp)):
             return None
         inner, outer = attention.slmops, mlp.slmops
         assert inner.row.output is not None
@@ -286,6 +286,7 @@ class _Snapshot:
         # A layer that is called itself calls its own hooks.
         passed_by = everything if len(layers) > 1 else everything[1:]
         self.own = [vars(m) for m in passed_by]
+        self.blocks = [vars(m) for m in everything if isinstance(m, Fused)]
         self.hooks = [own[name] for own in self.own for name in HOOKS]
         tables: Any = [(m._modules, m._parameters, m._buffers) for m in everything]
         self.tables = [table for table in itertools.chain.from_iterable(tables) if table]
@@ -306,10 +307,10 @@ class _Snapshot:
             dtype == self.dtype
             and layers == self.layers
             and not any(self.hooks)
-            and not any(["forward" in own for own in self.own])
+            and not any(map(operator.contains, self.own, itertools.repeat("forward")))
             and all(map(operator.is_, self._objects(), self.objects))
-            and not any([norm.dtype != dtype for norm in self.norms])
-            and not any([layer.training for layer in layers])
+            and {norm.dtype for norm in self.norms} <= {dtype}
+            and not any(map(operator.itemgetter("training"), self.blocks))
         )
 
 
@@ -366,7 +367,7 @@ class _Slots:
             starts.append(start)
             sizes.add(len(parts))
         start = starts[0]
-        if len(starts) > 1 and any([other != start for other in starts]):
+        if len(starts) > 1 and len(set(map(int, starts))) > 1:
             return None
         if len(sizes) > 1:  # some layers are int8, others not
             return None
