@@ -58,7 +58,8 @@ def dequantize(model: Model, *, dtype: torch.dtype | None = None) -> Model:
         block.__class__ = type(block).__bases__[1]
     for parent in list(model.modules()):
         if type(parent) is Layers:
-            parent.__class__ = nn.ModuleList
+            layer_list: Any = parent
+            layer_list.__class__ = nn.ModuleList
         for name, child in parent._modules.items():
             if child in layers:
                 parent._modules[name] = layers[child]

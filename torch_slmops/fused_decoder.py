@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -337,7 +337,9 @@ class _Slots:
         dtype = None if torch.compiler.is_compiling() else attentions[0].slmops_kv_cache
         if call.cache is None and dtype is None:
             return cls([], [], torch.tensor(0))
-        from torch_slmops.cache import Cache, Int8Layer, StaticLayer, layers_of
+        from transformers.cache_utils import StaticLayer
+
+        from torch_slmops.cache import Cache, Int8Layer, layers_of
 
         cache = call.cache
         if cache is None:  # rounded all the same: a cache does not change what a model computes
@@ -348,12 +350,13 @@ class _Slots:
         tensors: list[Tensor] = []
         starts: list[Any] = []
         sizes: set[int] = set()
-        parts: Sequence[Tensor]
+        parts: Any
+        start: Any
         spec = attentions[0].slmops
         shape = (call.x.shape[0], spec.heads[1], call.x.shape[1], spec.head_dim)
         states = call.x.new_empty(1).expand(shape)
         for layer in layers:
-            if type(layer) is Int8Layer:
+            if type(layer) is Int8Layer:  # and not isinstance, which is slow for abstract classes
                 parts, start = layer.reserve_int8(states, states)
             elif type(layer) is not StaticLayer:
                 *parts, start = layer.reserve(states, states, blocked=True)
