@@ -13,6 +13,7 @@ import torch
 from bits import assert_same_bits
 from small_models import CACHE, logits, small, tokens, transformers
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from torch_slmops import dequantize, fused_decoder, ops, optimize, report
 from torch_slmops.fused_decoder import FusedDecoderLayer
@@ -146,6 +147,23 @@ def test_what_looks_into_a_run_ends_it(
     assert float((logits(model, tokens(1, 4), use_cache=False) - want).abs().max()) < 3e-3
     itself = name == "" and change is not _train  # its own call does what was added
     assert calls.layers == [1] * (4 if itself else 3)
+
+
+def test_hooks_of_all_modules_see_every_layer() -> None:
+    model = optimize(small("llama", num_hidden_layers=3))
+    want = logits(model, tokens(1, 4), use_cache=False)
+    seen: list[nn.Module] = []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        got = logits(model, tokens(1, 4), use_cache=False)
+    finally:
+        handle.remove()
+    assert float((got - want).abs().max()) < 3e-3
+    for layer in model.model.layers:
+        assert {layer, layer.self_attn, layer.self_attn.q_proj, layer.mlp.act_fn} <= set(seen)
+    seen.clear()
+    assert_same_bits(logits(model, tokens(1, 4), use_cache=False), want)
+    assert not seen
 
 
 def test_a_forward_of_an_instance_is_called() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from torch_slmops import ops
 from torch_slmops.families import Attention, Experts, GatedMLP, RMSNorm
@@ -129,6 +130,8 @@ class Fused(nn.Module):
     def is_bare(self) -> bool:
         """Whether what the fused forward passes by is as it was, and has no hooks."""
         children = self._modules
+        if not torch.compiler.is_compiling() and hooks_are_global():
+            return False
         if any(type(children[name]) not in _PROJECTIONS for name in self._projections()):
             return False
         return not any(has_hooks(children[name]) for name in self._inner())
@@ -140,6 +143,11 @@ class Fused(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             return False
         return self.is_bare()
+
+
+def hooks_are_global() -> bool:
+    """Whether calls of any module run hooks, such as `register_module_forward_hook` adds."""
+    return bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def has_hooks(module: nn.Module | None) -> bool:

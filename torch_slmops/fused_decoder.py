@@ -22,6 +22,7 @@ from torch_slmops.fused import (
     FusedMLP,
     NormSpec,
     has_hooks,
+    hooks_are_global,
     read,
     scaling_of,
 )
@@ -218,6 +219,8 @@ class FusedDecoderLayer(Fused):
         """The tensors of all layers as the op takes them; None if a layer has to compute itself."""
         if torch.compiler.is_compiling():  # whose guards do it
             return self._parts(dtype) if layers == (self,) else None
+        if hooks_are_global():
+            return None
         known: _Snapshot | None = vars(self).get(SNAPSHOT)
         if known is None or not known.holds(layers, dtype):
             if len(layers) > 1 and any(has_hooks(layer) for layer in layers):
