@@ -7,7 +7,8 @@ others are chosen by one search, which is given sub16's shape as well. All are w
 
 Tables have 16 entries. `uniform` is -8..7; `NF4` is that of QLoRA (arXiv 2305.14314); `fitted` are
 those of least squared error, one for all layers or one for each. Entries other than uniform's are
-rounded to int8, since a kernel would multiply them with int8 activations.
+rounded to int8, since a kernel would multiply them with int8 activations; `-9..10` is a table whose
+products with the multiples of a row's scale are int8 as well.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ import torch_slmops
 from torch_slmops.weights import quantize_weight
 
 UNIFORM = torch.arange(-8.0, 8.0)
+# The entries up to 10 of least error where the multiple of a row's scale is at most 12, so that
+# their product fits int8: found entry by entry on the weights of `make tiny-qwen3`.
+SMALL = (-9, -7, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 8, 10)
 # Largest |w| of a group over the scale, relative to the largest entry; beyond 1 it is cut off.
 RATIOS = (*torch.linspace(0.75, 1.25, 17).tolist(), 1.375, 1.5, 1.75, 2.0)
 ROW_RATIOS = (1.0, 0.94, 0.97, 1.02, 1.04, 1.07, 1.12, 1.2)
@@ -40,11 +44,13 @@ class Scales:
         size: Inputs that share a scale.
         bits: Of it: 16 is a float16, fewer a multiple of a float32 per output.
         signed: It may be negative.
+        most: The largest multiple, if not what the bits allow.
     """
 
     size: int
     bits: int
     signed: bool
+    most: int | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -59,6 +65,7 @@ SCALES = {
     "signed 6 bits per 32": Scales(32, 6, True),
     "float16 per 32": Scales(32, 16, True),
 }
+SMALL_SCALES = Scales(16, 4, False, 12)
 TABLES = ("uniform", "NF4", "fitted", "fitted per layer")
 
 
@@ -68,12 +75,12 @@ def nf4() -> Tensor:
     above = torch.special.ndtri(torch.linspace(least, 0.5, 9, dtype=torch.float64)[:-1])
     below = torch.special.ndtri(torch.linspace(least, 0.5, 8, dtype=torch.float64)[:-1])
     table = torch.cat((-below, torch.zeros(1, dtype=torch.float64), above.flip(0)))
-    return as_int8((table * (8 / table.abs().max())).float())
+    return as_integers((table * (8 / table.abs().max())).float())
 
 
-def as_int8(table: Tensor) -> Tensor:
-    """Rounds entries to what int8 holds, the largest being 127; returned with 8 for 127."""
-    return torch.round(table * (127 / table.abs().max())) * (8 / 127)
+def as_integers(table: Tensor, most: int = 127) -> Tensor:
+    """Rounds entries to integers, the largest being `most`; returned with 8 for that one."""
+    return torch.round(table * (most / table.abs().max())) * (8 / most)
 
 
 def nearest(x: Tensor, table: Tensor) -> Tensor:
@@ -104,7 +111,7 @@ def group_scales(x: Tensor, table: Tensor, signed: bool) -> Tensor:
 
 def sub_scales(x: Tensor, s: Tensor, table: Tensor, scales: Scales) -> Tensor:
     """Scales [N, G] near `s` that are multiples of one number per row, by squared error."""
-    most = (1 << (scales.bits - scales.signed)) - 1
+    most = scales.most or (1 << (scales.bits - scales.signed)) - 1
     least = -most - 1 if scales.signed else 0
     at = s.abs().argmax(1, keepdim=True)
     largest = s.gather(1, at) / (least or most)
@@ -156,7 +163,7 @@ def fit(weights: Sequence[Tensor], size: int, signed: bool) -> Tensor:
         square = torch.bincount(codes, s.square().expand_as(x).flatten(), 16)
         table = torch.where(square > 0, along / square, table)
         table = table * (8 / table.abs().max())
-    return as_int8(table)
+    return table
 
 
 Rounding = Callable[[Tensor], Tensor]
@@ -203,15 +210,18 @@ def formats(original: nn.Module) -> Iterator[tuple[str, float, Rounding | dict[s
     """Name, bits per weight and rounding of each row of the table."""
     yield "int4 sub16", 4.25, own("sub16")
     yield "int4 group 32", 4.5, own("group")
+    small = as_integers(torch.tensor(SMALL), max(SMALL))
+    rounding = functools.partial(round_weight, table=small, scales=SMALL_SCALES)
+    yield "-9..10, 4 bits to 12 per 16", SMALL_SCALES.bits_per_weight, rounding
     weights = {name: layer.weight.detach() for name, layer in linear_layers(original).items()}
 
     @functools.cache
     def fitted(size: int, signed: bool) -> Tensor:
-        return fit(list(weights.values()), size, signed)
+        return as_integers(fit(list(weights.values()), size, signed))
 
     @functools.cache
     def fitted_to(name: str, size: int, signed: bool) -> Tensor:
-        return fit([weights[name]], size, signed)
+        return as_integers(fit([weights[name]], size, signed))
 
     for kind in TABLES:
         for told, scales in SCALES.items():
@@ -222,11 +232,11 @@ def formats(original: nn.Module) -> Iterator[tuple[str, float, Rounding | dict[s
                 every = {"uniform": lambda: UNIFORM, "NF4": nf4}.get(kind)
                 table = fitted(size, signed) if every is None else every()
                 tables = dict.fromkeys(weights, table)
-            rounding: dict[str, Rounding] = {
+            each: dict[str, Rounding] = {
                 name: functools.partial(round_weight, table=one, scales=scales)
                 for name, one in tables.items()
             }
-            yield f"{kind}, {told}", scales.bits_per_weight, rounding
+            yield f"{kind}, {told}", scales.bits_per_weight, each
 
 
 def table(

@@ -91,6 +91,24 @@ def test_nf4_is_the_published_table() -> None:
         assert float(table[index]) / 8 == pytest.approx(value, abs=0.5 / 127 + 1e-6)
 
 
+def test_small_integers_are_exact_in_int8_and_int16() -> None:
+    assert len(codes.SMALL) == 16
+    assert list(codes.SMALL) == sorted(set(codes.SMALL))
+    most = codes.SMALL_SCALES.most
+    assert most is not None
+    assert 16 * max(map(abs, codes.SMALL)) * 127 < 1 << 15
+    assert all(-128 <= most * entry <= 127 for entry in codes.SMALL)
+    w = weight()
+    table = codes.as_integers(torch.tensor(codes.SMALL), max(codes.SMALL))
+    assert_same_bits(torch.round(table * max(codes.SMALL) / 8), torch.tensor(codes.SMALL).float())
+    made = codes.round_weight(w, table, codes.SMALL_SCALES)
+    uniform = codes.round_weight(w, codes.UNIFORM, codes.SCALES["4 bits per 16"])
+    assert error(w, made) < 0.95 * error(w, uniform)
+    x = w.unflatten(1, (-1, 16))
+    s = codes.sub_scales(x, codes.group_scales(x, table, signed=False), table, codes.SMALL_SCALES)
+    assert max(len(row.unique()) for row in s) <= most + 1
+
+
 @pytest.mark.parametrize("signed", [False, True])
 def test_fitted_table_rises_and_is_better_than_those_it_is_not_fitted_to(signed: bool) -> None:
     w = weight(64)
@@ -98,8 +116,9 @@ def test_fitted_table_rises_and_is_better_than_those_it_is_not_fitted_to(signed:
     table = codes.fit([w], 16, signed)
     assert table.shape == (16,)
     assert (table.diff() > 0).all()
-    entries = table * (127 / 8)
-    assert float(entries.abs().max()) == 127
+    assert float(table.abs().max()) == 8
+    entries = codes.as_integers(table) * (127 / 8)
+    assert (entries.diff() > 0).all()
     assert torch.allclose(entries, entries.round(), atol=1e-4)
     fitted = error(w, codes.round_weight(w, table, scales))
     for other in (codes.UNIFORM, codes.nf4()):
