@@ -15,10 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import torch_slmops
 from benchmarks import kv_cache
-from benchmarks.machine import fp32_peak, probe
+from benchmarks.machine import fp32_peak, interleaved_with_limits
 from torch_slmops import ops
 from torch_slmops.bench.shapes import MODELS, ModelShape
-from torch_slmops.bench.timing import interleaved
 
 # Queries and keys: a prompt, a short and a long context, what a verify pass has.
 CASES = {"prefill": (2048, 2048), "decode": (1, 8192), "decode 512": (1, 512), "verify": (8, 8192)}
@@ -95,9 +94,9 @@ def run(output: Path, *, budget: float, threads: int) -> None:
         table.add_column(column, justify="right")
     for name, (queries, keys) in CASES.items():
         calls = candidates(shape, queries, keys)
-        bandwidth, peak = probe(buffer).bandwidth, fp32_peak(threads)
-        timings = interleaved(calls, budget=budget)
-        bandwidth, peak = max(bandwidth, probe(buffer).bandwidth), max(peak, fp32_peak(threads))
+        peak = fp32_peak(threads)
+        timings, limits = interleaved_with_limits(calls, buffer, budget=budget)
+        bandwidth, peak = limits.bandwidth, max(peak, fp32_peak(threads))
         us = {key: timing.median * 1e6 for key, timing in timings.items()}
         work = multiply_adds(shape, queries, keys)
         size = 2 * 2 * keys * shape.kv_heads * shape.head_dim

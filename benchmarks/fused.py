@@ -12,11 +12,10 @@ from rich.table import Table
 from torch import Tensor
 
 import torch_slmops
-from benchmarks.machine import probe
+from benchmarks.machine import interleaved_with_limits
 from torch_slmops import memory, ops, reference
 from torch_slmops.bench.linear import ROTATED_BYTES, rotated
 from torch_slmops.bench.shapes import MODELS, ModelShape
-from torch_slmops.bench.timing import interleaved
 from torch_slmops.packed_rows import interleave
 
 ROWS = (1, 4, 512)
@@ -92,17 +91,16 @@ def run(output: Path, *, budget: float, threads: int) -> None:
             x = torch.randn(1, rows, shape.hidden).bfloat16()
             h = torch.randn(1, rows, shape.intermediate).bfloat16()
             cos, sin = torch.randn(2, 1, rows, shape.head_dim)
-            before = probe(buffer)
-            timings = interleaved(
+            timings, limits = interleaved_with_limits(
                 {
                     "qkv_rotary": partial(block.qkv_rotary, x, cos, sin),
                     "qkv linear": partial(block.qkv_linear, x),
                     "swiglu": partial(block.swiglu, x),
                     "mlp linears": partial(block.mlp_linears, x, h),
                 },
+                buffer,
                 budget=budget,
             )
-            limits = before.best(probe(buffer))
             for name, linears in (("qkv_rotary", "qkv linear"), ("swiglu", "mlp linears")):
                 us, own = (timings[key].median * 1e6 for key in (name, linears))
                 least = block.bytes[name] / limits.bandwidth * 1e6

@@ -17,10 +17,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 import torch_slmops
-from benchmarks.machine import fp32_peak, probe
+from benchmarks.machine import fp32_peak, interleaved_with_limits
 from torch_slmops import ops
 from torch_slmops.bench.shapes import MODELS, ModelShape
-from torch_slmops.bench.timing import interleaved
 from torch_slmops.cache import adopt
 from torch_slmops.packed_rows import interleave
 from torch_slmops.weights import quantize_weight
@@ -110,9 +109,9 @@ def run(output: Path, *, budget: float, threads: int) -> None:
         check(
             *(step(shape, weights, kept[k][:n], keys, 2)(0) for k, n in (("bf16", 4), ("int8", 8)))
         )
-        bandwidth, peak = probe(buffer).bandwidth, fp32_peak(threads)
-        timings = interleaved(calls, budget=budget)
-        bandwidth, peak = max(bandwidth, probe(buffer).bandwidth), max(peak, fp32_peak(threads))
+        peak = fp32_peak(threads)
+        timings, limits = interleaved_with_limits(calls, buffer, budget=budget)
+        bandwidth, peak = limits.bandwidth, max(peak, fp32_peak(threads))
         work = 2 * keys * shape.heads * shape.head_dim
         for kind in kept:
             rest = timings[f"{kind} rest"].median

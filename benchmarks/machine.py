@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import statistics
 import subprocess
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from torch_slmops.bench.timing import Timing, interleaved
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,21 @@ def probe(buffer: torch.Tensor) -> Limits:
     return Limits(
         _library().read_bandwidth(buffer.data_ptr(), size, threads), _library().int8_peak(threads)
     )
+
+
+def interleaved_with_limits(
+    candidates: Mapping[str, Callable[[int], object]], buffer: torch.Tensor, *, budget: float
+) -> tuple[dict[str, Timing], Limits]:
+    """As `interleaved`, with the machine's limits taking their turns: the median bandwidth of these
+    and the highest peak. The bandwidth jumps within minutes, so one from before or after is not
+    that of the calls.
+    """
+    found: list[Limits] = []
+    calls = {**candidates, "limits": lambda _: found.append(probe(buffer))}
+    timings = interleaved(calls, budget=budget)
+    del timings["limits"]
+    bandwidth = statistics.median(limits.bandwidth for limits in found)
+    return timings, Limits(bandwidth, max(limits.int8_peak for limits in found))
 
 
 def fp32_peak(threads: int) -> float:

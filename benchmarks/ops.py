@@ -13,11 +13,11 @@ from rich.table import Table
 from torch import Tensor
 
 import torch_slmops
-from benchmarks.machine import Limits, probe
+from benchmarks.machine import Limits, interleaved_with_limits
 from torch_slmops import memory
 from torch_slmops.bench.linear import ROTATED_BYTES, Candidate, dense, ours, rotated
 from torch_slmops.bench.shapes import LINEARS, ROWS, LinearShape
-from torch_slmops.bench.timing import Timing, interleaved
+from torch_slmops.bench.timing import Timing
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,12 @@ def peers(weight: Tensor) -> dict[str, Candidate]:
 def measure(
     shape: LinearShape, rows: int, candidates: dict[str, Candidate], buffer: Tensor, budget: float
 ) -> list[Cell]:
-    """Times all candidates that are for so many rows, with the machine's limits around them."""
+    """Times all candidates that are for so many rows; the machine's limits take turns with them."""
     x = torch.randn(rows, shape.in_features).bfloat16()
     fitting = {name: c for name, c in candidates.items() if rows <= c.most_rows}
-    before = probe(buffer)
-    timings = interleaved({name: partial(c.call, x) for name, c in fitting.items()}, budget=budget)
-    limits = before.best(probe(buffer))
-    return [_cell(shape, rows, name, fitting[name], t, limits) for name, t in timings.items()]
+    calls = {name: partial(c.call, x) for name, c in fitting.items()}
+    timings, limits = interleaved_with_limits(calls, buffer, budget=budget)
+    return [_cell(shape, rows, name, c, timings[name], limits) for name, c in fitting.items()]
 
 
 def _cell(

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,15 @@ def check_unchanged(model: nn.Module, x: Tensor, before: Tensor) -> None:
     assert_same_bits(model(x).detach(), before)
 
 
+@pytest.fixture
+def python_interrupts() -> Iterator[None]:
+    """Python's own handler, where the process was started with interrupts ignored too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_interrupts")
 class TestInterrupt:
     @pytest.mark.parametrize("at", [1, 3])
     def test_while_packing_leaves_the_model(self, at: int, monkeypatch: Any) -> None:

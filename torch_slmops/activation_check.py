@@ -55,7 +55,8 @@ class Layers:
     def weight(self) -> Tensor:
         """The rows of the weight that are looked at."""
         weights = [module._parameters["weight"] for module in self.modules]
-        whole = torch.cat([weight.detach() for weight in weights if weight is not None])
+        found = [weight.detach() for weight in weights if weight is not None]
+        whole = found[0] if len(found) == 1 else torch.cat(found)  # a head is not copied
         return whole[:: _every(len(whole))].float()
 
 

@@ -53,7 +53,6 @@ def carry_out(
     ties = remaining_ties(model, replacements)
     with uninterrupted():
         swap(model, replacements, ties, swaps)
-    memory.give_back()
     return replacements
 
 
@@ -78,6 +77,7 @@ def _build(
             if perm is not None and isinstance(made, Embedding):
                 raise ValueError(f"optimize: {site.name}: an embedding cannot have act-order")
             replacements[site.module] = made
+        memory.give_back()
         advance(weight.numel())
     return replacements
 
@@ -108,6 +108,7 @@ def _build_blocks(
             if isinstance(child, PackedModule):
                 child.calibrated = calibrated
         swaps.append(made)
+        memory.give_back()
         advance(count(list(block.sites)))
     return swaps
 

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -314,19 +315,21 @@ def build(block: Block, quantize: Quantize, pack: Pack) -> Swap:
         return _build_experts(module, spec, quantize, pack)
     if not layers:
         return Swap(module, spec, {})
-    weight = torch.cat([layer.weight.detach() for layer in layers])
+    weights = [layer.weight.detach() for layer in layers]
+    dtype = reduce(torch.promote_types, (weight.dtype for weight in weights))
     bias = None
     if layers[0].bias is not None:
         values = torch.cat([layer.bias.detach() for layer in layers])
         bias = nn.Parameter(values, requires_grad=False)
     imported = foreign.read(layers)
-    quantized = quantize(weight) if imported is None else imported.weight
+    # The joined weight has no name, so that it is freed before the codes are packed.
+    quantized = quantize(torch.cat(weights)) if imported is None else imported.weight
     source: Linear | GateUp
     if isinstance(spec, MLPSpec):
         order = foreign.order_of(module._modules[spec.row.down])
-        source = _gate_up(pack(interleave(quantized, order)), weight, bias, order)
+        source = _gate_up(pack(interleave(quantized, order)), quantized.shape, dtype, bias, order)
     else:
-        source = Linear.from_packed(pack(quantized), bias, weight.dtype)
+        source = Linear.from_packed(pack(quantized), bias, dtype)
     if imported is not None:
         source.perm, source.origin = imported.perm, imported.origin
     assert isinstance(spec, MLPSpec | AttentionSpec)
@@ -352,11 +355,12 @@ def children(
 
 def _gate_up(
     packed: Tensor,
-    weight: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
     bias: nn.Parameter | None = None,
     order: Tensor | None = None,
 ) -> GateUp:
-    module = GateUp(weight.shape[1], weight.shape[0] // 2, bias, weight.dtype).eval()
+    module = GateUp(shape[1], shape[0] // 2, bias, dtype).eval()
     module.packed, module.order = packed, order
     return module
 
@@ -367,7 +371,8 @@ def _build_experts(module: nn.Module, spec: ExpertsSpec, quantize: Quantize, pac
     first, second = nn.ModuleList(), nn.ModuleList()
     for e in range(len(gate_up)):
         weight = gate_up[e].detach()
-        first.append(_gate_up(pack(interleave(quantize(weight))), weight))
+        quantized = interleave(quantize(weight))
+        first.append(_gate_up(pack(quantized), weight.shape, weight.dtype))
         packed = pack(quantize(down[e].detach()))
         second.append(Linear.from_packed(packed, None, down.dtype))
     experts: dict[str, nn.Module] = {"gate_up": first.eval(), "down": second.eval()}

@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import os
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from torch_slmops import budget, foreign
+from torch_slmops import budget, foreign, memory
 from torch_slmops.activation_check import suited_formats
 from torch_slmops.adopt import adopted
 from torch_slmops.attention import check_kv_cache, use_own_attention
 from torch_slmops.calibrate import calibrate, make_batches
 from torch_slmops.carry_out import Codes, carry_out
 from torch_slmops.formats import Format
+from torch_slmops.fuse import Left
 from torch_slmops.notes import note_budget, note_left, note_options
 from torch_slmops.pieces import pieces_of
 from torch_slmops.plan import by_weight, layers_of, make_formats, plan_work, units_of
@@ -149,43 +151,15 @@ def optimize(
         formats = make_formats(
             weights, scale_kind, group_size, symmetric, activations, act_group, lm_head
         )
-        work = plan_work(model, formats, include, exclude, fuse, strict)
-        codes = Codes()
-        found = None
-        fixed = next((s.name for s in work.todo if foreign.is_foreign(s.module)), None)
-        if fixed is not None and (batches is not None or max_kl is not None):
-            raise ValueError(
-                f"optimize: calibration and max_kl choose codes, and {fixed} has codes already; "
-                "leave them out"
-            )
-        if max_kl is not None:
-            pieces = pieces_of(by_weight(work.alone), work.blocks)
-            arguments = (formats, include, exclude, fuse, strict)
-            found = budget.choose(
-                model,
-                pieces,
-                max_kl,
-                partial(_finished, model, arguments),
-                texts,
-                tokenizer,
-                batches,
-                measurements,
-                progress,
-            )
-            codes.formats, codes.packed = found.formats, found.packed
-        elif activations is None and act_group is None and fixed is None:
-            codes.formats = suited_formats(model, layers_of(work), batches[0] if batches else None)
-        if found is None and batches is not None:
-            units = units_of(work)
-            total = sum(unit.size for unit in units)
-            with progress_bar(total, progress, "calibrating") as advance:
-                codes.packed = calibrate(model, units, batches, advance)
-        with progress_bar(work.size, progress, "packing weights") as advance:
-            carry_out(model, work, codes, advance)
+        arguments = (formats, include, exclude, fuse, strict)
+        any_activations = activations is None and act_group is None
+        budgeted = None if max_kl is None else (max_kl, texts, tokenizer, measurements)
+        done = _pack_and_swap(model, arguments, batches, any_activations, budgeted, progress)
+    memory.give_back()
     if fuse:
         use_own_attention(model)
-        note_left(model, work.left)
-    note_budget(model, None if found is None else found.budget)
+        note_left(model, done.left)
+    note_budget(model, done.budget)
     options = {
         "weights": weights,
         "scale_kind": scale_kind,
@@ -194,15 +168,71 @@ def optimize(
         "activations": activations or "int8",
         "act_group": act_group,
         "lm_head": lm_head,
-        "include": spelled(include, work.names),
-        "exclude": spelled(exclude, work.names),
+        "include": spelled(include, done.names),
+        "exclude": spelled(exclude, done.names),
         "fuse": fuse,
         "kv_cache": kv_cache,
     }
     note_options(model, options)
-    count = len(work.todo)
-    _logger.info("optimize: packed %d layers, fused %d blocks", count, len(work.blocks))
+    _logger.info("optimize: packed %d layers, fused %d blocks", done.layers, done.blocks)
     return model
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What is known of the work after the weights that it took are freed."""
+
+    names: tuple[str, ...]
+    left: dict[str, Left]
+    layers: int
+    blocks: int
+    budget: budget.Budget | None
+
+
+def _pack_and_swap(
+    model: nn.Module,
+    arguments: tuple[Any, ...],
+    batches: list[Any] | None,
+    any_activations: bool,
+    budgeted: tuple[Any, ...] | None,
+    progress: bool,
+) -> _Done:
+    """Chooses formats and codes, and carries the work out.
+
+    Args:
+        arguments: Those of `plan_work`.
+        batches: Of calibration.
+        any_activations: Whether layers whose inputs int8 does not suit may get others.
+        budgeted: max_kl, texts, tokenizer and measurements, where a budget is asked for.
+    """
+    work = plan_work(model, *arguments)
+    codes = Codes()
+    found = None
+    fixed = next((s.name for s in work.todo if foreign.is_foreign(s.module)), None)
+    if fixed is not None and (batches is not None or budgeted is not None):
+        raise ValueError(
+            f"optimize: calibration and max_kl choose codes, and {fixed} has codes already; "
+            "leave them out"
+        )
+    if budgeted is not None:
+        max_kl, texts, tokenizer, measurements = budgeted
+        pieces = pieces_of(by_weight(work.alone), work.blocks)
+        finish = partial(_finished, model, arguments)
+        found = budget.choose(
+            model, pieces, max_kl, finish, texts, tokenizer, batches, measurements, progress
+        )
+        codes.formats, codes.packed = found.formats, found.packed
+    elif any_activations and fixed is None:
+        codes.formats = suited_formats(model, layers_of(work), batches[0] if batches else None)
+    if found is None and batches is not None:
+        units = units_of(work)
+        total = sum(unit.size for unit in units)
+        with progress_bar(total, progress, "calibrating") as advance:
+            codes.packed = calibrate(model, units, batches, advance)
+    with progress_bar(work.size, progress, "packing weights") as advance:
+        carry_out(model, work, codes, advance)
+    spent = None if found is None else found.budget
+    return _Done(work.names, work.left, len(work.todo), len(work.blocks), spent)
 
 
 def _finished(

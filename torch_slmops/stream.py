@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torch_slmops import memory
 from torch_slmops.activation_check import refine
 from torch_slmops.attention import use_own_attention
 from torch_slmops.carry_out import Codes, carry_out
@@ -153,6 +154,7 @@ class Stream:
             work = plan_work(model, self._formats, **self._names(), strict=False)
             with progress_bar(work.size, True, "packing weights") as advance:
                 carry_out(model, work, Codes(), advance)
+        memory.give_back()
         if self._options["activations"] is None and self._options["act_group"] is None:
             refine(model)
         self._options["activations"] = self._options["activations"] or "int8"  # as `optimize` notes

@@ -48,8 +48,8 @@ inline Int8Split find_int8(const AttentionArgs& args, const Item& item, int64_t 
 }
 
 /// sum[r][j] += the dots of 16 * count codes of row r with lines: `step` bytes to the next 4 codes,
-/// `next` bytes to those of the next vector.
-template <int kRows, int kVectors>
+/// `next` bytes to those of the next vector. kAsk: they are read for the first time.
+template <bool kAsk, int kRows, int kVectors>
 SLMOPS_INLINE void add_dots(const int8_t* codes, int64_t stride, const uint8_t* lines, int64_t step,
                             int64_t next, int64_t count, I32 (&sum)[kRows][kVectors]) {
   for (int64_t i = 0; i < count; ++i, codes += kLanes) {
@@ -60,7 +60,10 @@ SLMOPS_INLINE void add_dots(const int8_t* codes, int64_t stride, const uint8_t* 
     for (int quad = 0; quad < 4; ++quad, lines += step) {
       Bytes x[kVectors];
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) x[j] = bytes(load_line(lines + j * next));
+      for (int j = 0; j < kVectors; ++j) {
+        if constexpr (kAsk) ask_ahead(lines, j * next);
+        x[j] = bytes(load_line(lines + j * next));
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -87,8 +90,8 @@ inline void int8_key_products(const Int8Split& both, int64_t row, int64_t begin,
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sum[r][j] = splat_i32(preset[r]);
     }
-    add_dots(q, kCodeStride, both.keys + i * width, 4 * kKeyBlock, kKeyBlock * width,
-             width / kLanes, sum);
+    add_dots<true>(q, kCodeStride, both.keys + i * width, 4 * kKeyBlock, kKeyBlock * width,
+                   width / kLanes, sum);
     const int64_t position = i - both.shift;
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
@@ -169,14 +172,14 @@ inline void int8_value_products(const Int8Split& both, int64_t begin, int64_t en
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sum[r][j] = splat_i32(w.int8.high_preset[r]);
     }
-    add_dots(w.int8.high + begin, kScoreStride, lines, step, 4 * kLanes, count, sum);
+    add_dots<true>(w.int8.high + begin, kScoreStride, lines, step, 4 * kLanes, count, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const I32 preset = splat_i32(w.int8.low_preset[r]);
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sum[r][j] = shift_left<7>(sum[r][j]) + preset;
     }
-    add_dots(w.int8.low + begin, kScoreStride, lines, step, 4 * kLanes, count, sum);
+    add_dots<false>(w.int8.low + begin, kScoreStride, lines, step, 4 * kLanes, count, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const F32 factor = splat(w.int8.value_factor[r]);

@@ -57,6 +57,16 @@ SLMOPS_INLINE void store_sums(const F32 (&sum)[kRows][kVectors], float* out, int
   }
 }
 
+/// How far ahead of its reads attention asks for keys and values, into the second level. It takes
+/// so long over each line that the hardware's own prefetching leaves it waiting: 0.6 of the time
+/// for one query on 8192 bf16 keys (Zen 4; into the first level it is no gain).
+constexpr int64_t kAhead = 16384;
+
+/// Asks for what lies kAhead bytes after data + offset, once for each whole line.
+SLMOPS_INLINE void ask_ahead(const uint8_t* data, int64_t offset) {
+  if (offset % kLineBytes == 0) prefetch_l2(data + offset + kAhead);
+}
+
 /// Keys of a split in blocks of 16, d-major: data is the first block's. Key j of them is at
 /// position j - shift of the split.
 struct Keys {
@@ -80,7 +90,9 @@ inline void key_products(const float* q, const Keys& keys, int64_t d, int64_t be
         F32 x[kVectors];
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) {
-          x[j] = load_as(kType, keys.data, i * d + (j * d + e) * kLanes);
+          const int64_t at = i * d + (j * d + e) * kLanes;
+          ask_ahead(keys.data, at * size_of(kType));
+          x[j] = load_as(kType, keys.data, at);
         }
         add_products(q + e, d, x, sum);
       }
@@ -119,7 +131,11 @@ inline void value_products(const float* p, const Values& v, int64_t begin, int64
       for (int64_t i = begin; i < end; ++i, value += step) {
         F32 x[kVectors];
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) x[j] = load_as(kType, value, e + j * kLanes);
+        for (int j = 0; j < kVectors; ++j) {
+          const int64_t at = e + j * kLanes;
+          ask_ahead(value, at * size_of(kType));
+          x[j] = load_as(kType, value, at);
+        }
         add_products(p + i, kScoreStride, x, sum);
       }
       store_sums(sum, out + e, out_stride);

@@ -19,6 +19,7 @@ constexpr int32_t kSumBias = 0;
 constexpr int kFloatSums = 4;  // 8 of 16 ymm
 
 inline void prefetch(const uint8_t* p) { SLMOPS_PREFETCH(p); }
+inline void prefetch_l2(const uint8_t* p) { SLMOPS_PREFETCH_L2(p); }
 
 struct F32 {
   __m256 a, b;

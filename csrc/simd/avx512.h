@@ -31,6 +31,7 @@ constexpr int32_t kSumBias = 0;
 constexpr int kFloatSums = 16;
 
 inline void prefetch(const uint8_t* p) { SLMOPS_PREFETCH(p); }
+inline void prefetch_l2(const uint8_t* p) { SLMOPS_PREFETCH_L2(p); }
 
 struct F32 {
   __m512 v;

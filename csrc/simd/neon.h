@@ -23,7 +23,8 @@ constexpr int kStreamRows = 1;
 constexpr int kExpandRows = 0;
 constexpr int kFloatSums = 4;
 
-inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+inline void prefetch(const uint8_t* p) { SLMOPS_PREFETCH(p); }
+inline void prefetch_l2(const uint8_t* p) { SLMOPS_PREFETCH_L2(p); }
 
 struct F32 {
   float32x4_t q[4];

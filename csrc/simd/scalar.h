@@ -57,8 +57,9 @@ struct Block;
 constexpr int32_t kSumBias = 0;
 /// Vectors of fp32 sums that a block of a float product keeps in registers, a power of two.
 constexpr int kFloatSums = 1;
-/// Asks for the cache line at p, to be read soon.
+/// Asks for the cache line at p, to be read soon; prefetch_l2: into the second level only.
 inline void prefetch(const uint8_t* p) { SLMOPS_PREFETCH(p); }
+inline void prefetch_l2(const uint8_t* p) { SLMOPS_PREFETCH_L2(p); }
 
 struct F32 {
   float v[16];
