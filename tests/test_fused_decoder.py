@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 from bits import assert_same_bits
 from small_models import CACHE, logits, small, tokens, transformers
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
-from torch_slmops import fused_decoder, ops, optimize, report
+from torch_slmops import dequantize, fused_decoder, ops, optimize, report
 from torch_slmops.fused_decoder import FusedDecoderLayer
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma3", "granite", "olmo2")
@@ -106,6 +109,135 @@ def test_layers_that_are_alike_run_at_once(family: str, monkeypatch: pytest.Monk
     model.model.layers[2].register_forward_hook(lambda *args: None)
     assert_same_bits(logits(model, tokens(1, 4), use_cache=False), want)
     assert calls.layers == [5] + [1] * 5
+
+
+def _hook(module: nn.Module) -> None:
+    module.register_forward_hook(lambda *args: None)
+
+
+def _own_forward(module: nn.Module) -> None:
+    vars(module)["forward"] = module.forward
+
+
+def _train(module: nn.Module) -> None:
+    module.train()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("", _hook),
+        ("", _own_forward),
+        ("", _train),
+        ("mlp", _train),
+        *itertools.product(("self_attn", "self_attn.q_proj", "mlp"), (_hook, _own_forward)),
+        ("input_layernorm", _own_forward),
+        ("mlp.act_fn", _hook),
+    ],
+)
+def test_what_looks_into_a_run_ends_it(
+    name: str, change: Callable[[nn.Module], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a step that found it whole; the original forwards round a little otherwise."""
+    model = optimize(small("llama", num_hidden_layers=4))
+    calls = Calls(monkeypatch)
+    want = logits(model, tokens(1, 4), use_cache=False)
+    change(model.model.layers[2].get_submodule(name))
+    calls.layers.clear()
+    assert float((logits(model, tokens(1, 4), use_cache=False) - want).abs().max()) < 3e-3
+    itself = name == "" and change is not _train  # its own call does what was added
+    assert calls.layers == [1] * (4 if itself else 3)
+
+
+def test_hooks_of_all_modules_see_every_layer() -> None:
+    model = optimize(small("llama", num_hidden_layers=3))
+    want = logits(model, tokens(1, 4), use_cache=False)
+    seen: list[nn.Module] = []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        got = logits(model, tokens(1, 4), use_cache=False)
+    finally:
+        handle.remove()
+    assert float((got - want).abs().max()) < 3e-3
+    for layer in model.model.layers:
+        assert {layer, layer.self_attn, layer.self_attn.q_proj, layer.mlp.act_fn} <= set(seen)
+    seen.clear()
+    assert_same_bits(logits(model, tokens(1, 4), use_cache=False), want)
+    assert not seen
+
+
+def test_a_forward_of_an_instance_is_called() -> None:
+    model = optimize(small("llama", num_hidden_layers=3))
+    want = logits(model, tokens(1, 4), use_cache=False)
+    seen: list[int] = []
+    for number, name in ((1, ""), (1, "mlp"), (2, "self_attn.o_proj")):
+        module = model.model.layers[number].get_submodule(name)
+        forward = module.forward
+
+        def noted(*args: Any, forward: Any = forward, number: int = len(seen), **kw: Any) -> Any:
+            seen.append(number)
+            return forward(*args, **kw)
+
+        module.forward = noted
+        before = len(seen)
+        assert_same_bits(logits(model, tokens(1, 4), use_cache=False), want)
+        assert len(seen) > before, name
+
+
+@pytest.mark.parametrize("part", ["weight", "module", "bias", "last"])
+def test_a_part_of_a_run_is_another_one(part: str) -> None:
+    """As a model is computed that had it from the start."""
+    model, other = (optimize(small("llama", num_hidden_layers=3)) for _ in "ab")
+    source = optimize(small("llama", num_hidden_layers=3)).model.layers[0]
+    want = logits(model, tokens(1, 4), use_cache=False)
+    for changed in (model, other):
+        layer = changed.model.layers[2]
+        if part == "weight":
+            layer.self_attn.o_proj.packed = source.self_attn.o_proj.packed
+        elif part == "module":
+            layer.mlp = source.mlp
+        elif part == "bias":
+            layer.mlp.down_proj.bias = nn.Parameter(torch.ones(96), requires_grad=False)
+        else:
+            changed.model.layers[2] = source
+    assert "_slmops_snapshot" in vars(model.model.layers[0])
+    assert "_slmops_snapshot" not in vars(other.model.layers[0])
+    got = logits(model, tokens(1, 4), use_cache=False)
+    assert not got.equal(want)
+    assert_same_bits(got, logits(other, tokens(1, 4), use_cache=False))
+
+
+def test_copies_of_a_model_that_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = optimize(small("llama", num_hidden_layers=3))
+    want = logits(model, tokens(1, 4), use_cache=False)
+    calls = Calls(monkeypatch)
+    again = copy.deepcopy(model)
+    assert_same_bits(logits(again, tokens(1, 4), use_cache=False), want)
+    again.model.layers[1].self_attn.o_proj.packed = again.model.layers[0].self_attn.o_proj.packed
+    assert not logits(again, tokens(1, 4), use_cache=False).equal(want)
+    assert_same_bits(logits(model, tokens(1, 4), use_cache=False), want)
+    assert calls.layers == [3] * 3
+
+
+def test_another_dtype_after_a_step() -> None:
+    model, other = (optimize(small("llama", num_hidden_layers=3)) for _ in "ab")
+    logits(model, tokens(1, 4), use_cache=False)
+    got = logits(model.to(torch.bfloat16), tokens(1, 4), use_cache=False)
+    assert_same_bits(got, logits(other.to(torch.bfloat16), tokens(1, 4), use_cache=False))
+
+
+def test_slices_of_the_list_of_layers() -> None:
+    model = optimize(small("llama", num_hidden_layers=5))
+    layers = model.model.layers
+    for cut in (slice(3), slice(1, 4), slice(None, None, -2), slice(9)):
+        part = layers[cut]
+        assert isinstance(part, nn.ModuleList)
+        assert list(part) == list(layers)[cut]
+        assert [name for name, _ in part.named_children()] == [str(i) for i in range(len(part))]
+    assert layers[-1] is list(layers)[4]
+    part = layers[:2].append(layers[4])
+    assert len(part) == 3 and len(layers) == 5
+    assert type(dequantize(model).model.layers) is nn.ModuleList
 
 
 def test_layers_of_several_types(monkeypatch: pytest.MonkeyPatch) -> None:

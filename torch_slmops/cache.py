@@ -29,6 +29,7 @@ __all__ = [
     "Int8Layer",
     "adopt",
     "layer_of",
+    "layers_of",
 ]
 
 
@@ -108,10 +109,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[2]
-        slots = max(2 * new, LEAST_SLOTS)
         own = vars(self)
         keys, values = own.get("_keys"), own.get("_values")
         if not isinstance(keys, Memory) or not isinstance(values, Memory):
+            slots = max(2 * new, LEAST_SLOTS)
             if blocked and self.can_block:
                 keys = BlockedKeys(key_states, slots)
             else:
@@ -129,10 +130,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def advance(self, new: int) -> None:
         """Counts the `new` slots behind those in use as used."""
-        for name in ("_keys", "_values"):
-            memory = self._memory(name)
-            assert memory is not None
-            memory.stop += new
+        own = vars(self)
+        own["_keys"].stop += new
+        own["_values"].stop += new
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens."""
@@ -278,23 +278,31 @@ def adopt(layer: Any, dtype: Any = None) -> Any:
 
 
 def layer_of(cache: Any, index: int, dtype: Any = None) -> Any:
-    """Returns a layer of a cache that new keys can be written into in place, or None.
+    """Returns the layer of a cache, as `layers_of` does, or None."""
+    found = layers_of(cache, [index], dtype)
+    return None if found is None else found[0]
 
-    It is a `GrowingLayer`, which a dynamic layer becomes here (with `dtype` "int8" an `Int8Layer`),
-    or a `StaticLayer`.
+
+def layers_of(cache: Any, indices: list[int], dtype: Any = None) -> list[Any] | None:
+    """Returns layers of a cache that new keys can be written into in place; None if one cannot.
+
+    Each is a `GrowingLayer`, which a dynamic layer becomes here (with `dtype` "int8" an
+    `Int8Layer`), or a `StaticLayer`.
     """
     if getattr(type(cache), "update", None) is not cache_utils.Cache.update or cache.offloading:
         return None
     if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) <= index:
+        while len(cache.layers) <= max(indices):
             cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[index]
-    if type(layer) is StaticLayer:
-        return layer
-    if torch.compiler.is_compiling():  # lengths would be constants of the graph
-        return None
-    layer = adopt(layer, dtype)
-    return layer if type(layer) in _IN_PLACE else None
+    found = [cache.layers[index] for index in indices]
+    for layer in found:
+        if type(layer) is StaticLayer:
+            continue
+        if torch.compiler.is_compiling():  # lengths would be constants of the graph
+            return None
+        if type(layer) not in _IN_PLACE and type(adopt(layer, dtype)) not in _IN_PLACE:
+            return None
+    return found
 
 
 class Cache(DynamicCache):

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_slmops.attention import NAME
-from torch_slmops.fused import AttentionSpec, ExpertsSpec, Fused, MLPSpec
+from torch_slmops.fused import SNAPSHOT, AttentionSpec, ExpertsSpec, Fused, MLPSpec
 from torch_slmops.modules import Embedding, PackedModule
 from torch_slmops.packed_rows import Rows
+from torch_slmops.stack import Layers
 
 __all__ = ["dequantize"]
 
@@ -52,10 +53,13 @@ def dequantize(model: Model, *, dtype: torch.dtype | None = None) -> Model:
         for name in names:
             del block._modules[name]
         block._parameters.update(experts.get(block, {}))
-        for name in ("slmops", "slmops_run"):
+        for name in ("slmops", "slmops_run", SNAPSHOT):
             vars(block).pop(name, None)
         block.__class__ = type(block).__bases__[1]
     for parent in list(model.modules()):
+        if type(parent) is Layers:
+            layer_list: Any = parent
+            layer_list.__class__ = nn.ModuleList
         for name, child in parent._modules.items():
             if child in layers:
                 parent._modules[name] = layers[child]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from torch_slmops import ops
 from torch_slmops.families import Attention, Experts, GatedMLP, RMSNorm
@@ -129,6 +130,8 @@ class Fused(nn.Module):
     def is_bare(self) -> bool:
         """Whether what the fused forward passes by is as it was, and has no hooks."""
         children = self._modules
+        if not torch.compiler.is_compiling() and hooks_are_global():
+            return False
         if any(type(children[name]) not in _PROJECTIONS for name in self._projections()):
             return False
         return not any(has_hooks(children[name]) for name in self._inner())
@@ -142,10 +145,15 @@ class Fused(nn.Module):
         return self.is_bare()
 
 
+def hooks_are_global() -> bool:
+    """Whether calls of any module run hooks, such as `register_module_forward_hook` adds."""
+    return bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
 def has_hooks(module: nn.Module | None) -> bool:
-    """Whether calls of `module` run hooks of its own."""
+    """Whether calls of `module` run hooks of its own, or a forward that its class does not have."""
     own = vars(module)
-    return any(own[name] for name in HOOKS)
+    return "forward" in own or any(own[name] for name in HOOKS)
 
 
 _classes: dict[tuple[type, type], type[Fused]] = {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch_slmops.fused import (
     FusedMLP,
     NormSpec,
     has_hooks,
+    hooks_are_global,
     read,
     scaling_of,
 )
@@ -37,7 +39,7 @@ _FEW_ROWS = 8  # below, it is not asked: it would cost a decode step more than i
 
 _NORMS = ("pre_attention_norm", "post_attention_norm", "pre_mlp_norm", "post_mlp_norm")
 _UNUSED = ("use_cache", "cache_position")  # arguments of a layer that the op does without
-_NEXT = "_slmops_next"  # an attribute of a run's result: the run, and the number of the next layer
+_NEXT = "_slmops_next"  # an attribute of a run's result: the next layer, which passes it on
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,12 @@ class Run:
     bounded: bool
 
     def holds(self) -> bool:
-        """Whether the layers are still where they were, and nobody looks at what is between."""
+        """Whether the layers are still where they were."""
         stop = self.start + len(self.layers)
         children = self.parent._modules[self.name]
         if self.bounded and self.parent.config.num_hidden_layers < stop:
             return False
-        if tuple(children._modules.values())[self.start : stop] != self.layers:
-            return False
-        return not any(has_hooks(layer) for layer in self.layers)
+        return tuple(children._modules.values())[self.start : stop] == self.layers
 
 
 @dataclass
@@ -113,18 +113,20 @@ class FusedDecoderLayer(Fused):
         row = self.slmops.row
         return (row.attention, row.mlp, *(n for n in row.norms if n is not None), *row.dropouts)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module's, but what its run has computed passes without what such a call costs."""
+        if args and getattr(args[0], _NEXT, None) is self:
+            assert self.slmops_run is not None
+            return _pass_on(args[0], *self.slmops_run)
+        return super().__call__(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.slmops_run is None or torch.compiler.is_compiling():
-            y = self._compute((self,), args, kwargs)
-            return super().forward(*args, **kwargs) if y is None else y
-        run, number = self.slmops_run
-        if number > 0 and args and getattr(args[0], _NEXT, None) == (run, number):
-            return _pass_on(args[0], run, number)
-        y = None
-        if number == 0 and run.holds():
-            y = self._compute(run.layers, args, kwargs)
-            if y is not None:
-                return _pass_on(y, run, 0)
+        if self.slmops_run is not None and not torch.compiler.is_compiling():
+            run, number = self.slmops_run
+            if number == 0 and run.holds():
+                y = self._compute(run.layers, args, kwargs)
+                if y is not None:
+                    return _pass_on(y, run, 0)
         y = self._compute((self,), args, kwargs)
         return super().forward(*args, **kwargs) if y is None else y
 
@@ -140,7 +142,7 @@ class FusedDecoderLayer(Fused):
             return None
         attention: Any = self._modules[self.slmops.row.attention]
         mlp: Any = self._modules[self.slmops.row.mlp]
-        slots = _Slots.of(call, [layer._attention() for layer in layers])
+        slots = _Slots.of(call, [layer._modules[self.slmops.row.attention] for layer in layers])
         if slots is None:
             return None
         inner, norm, row = attention.slmops, self.slmops.norm, self.slmops.row
@@ -217,8 +219,12 @@ class FusedDecoderLayer(Fused):
         """The tensors of all layers as the op takes them; None if a layer has to compute itself."""
         if torch.compiler.is_compiling():  # whose guards do it
             return self._parts(dtype) if layers == (self,) else None
+        if hooks_are_global():
+            return None
         known: _Snapshot | None = vars(self).get(SNAPSHOT)
         if known is None or not known.holds(layers, dtype):
+            if len(layers) > 1 and any(has_hooks(layer) for layer in layers):
+                return None
             found = [layer._parts(dtype) for layer in layers]
             weights: list[Tensor] = []
             for parts in found:
@@ -235,7 +241,7 @@ class FusedDecoderLayer(Fused):
         attention, mlp = children[row.attention], children[row.mlp]
         if not isinstance(attention, FusedAttention) or not isinstance(mlp, FusedMLP):
             return None
-        if not (self.is_bare() and attention.is_bare() and mlp.is_bare()):
+        if any(block.training or not block.is_bare() for block in (self, attention, mlp)):
             return None
         inner, outer = attention.slmops, mlp.slmops
         assert inner.row.output is not None
@@ -273,29 +279,30 @@ _ABSENT = torch.empty(0)
 
 
 class _Snapshot:
-    """What layers are made of, as it was found: to see quickly that it has not changed.
-
-    All ids are of objects that it keeps alive.
-    """
+    """What layers are made of, as it was found: to see quickly that it has not changed."""
 
     def __init__(
         self, layers: tuple[FusedDecoderLayer, ...], dtype: torch.dtype, weights: list[Tensor]
     ) -> None:
         self.layers, self.dtype, self.weights = layers, dtype, weights
-        inner = [m for layer in layers for m in layer.modules() if m is not layer]
-        everything = [*layers, *inner]
-        self.hooks = [vars(m)[name] for m in inner for name in HOOKS]
+        everything = list(itertools.chain.from_iterable(layer.modules() for layer in layers))
+        # A layer that is called itself calls its own hooks.
+        passed_by = everything if len(layers) > 1 else everything[1:]
+        self.own = [vars(m) for m in passed_by]
+        self.blocks = [vars(m) for m in everything if isinstance(m, Fused)]
+        self.hooks = [own[name] for own in self.own for name in HOOKS]
         tables: Any = [(m._modules, m._parameters, m._buffers) for m in everything]
         self.tables = [table for table in itertools.chain.from_iterable(tables) if table]
-        self.objects = self._objects()
-        self.ids = tuple(map(id, self.objects))
+        self.objects = list(self._objects())
         count = len(ops.LAYER_PARTS)
         norms = [i for i, name in enumerate(ops.LAYER_PARTS) if name in _NORMS]
         self.norms = [weights[i + j] for i in range(0, len(weights), count) for j in norms]
         self.norms = [norm for norm in self.norms if norm is not _ABSENT]
 
-    def _objects(self) -> list[Any]:
-        return list(itertools.chain.from_iterable(map(dict.values, self.tables)))
+    def _objects(self) -> Iterator[Any]:
+        """All of them, and an end that is neither one more nor one less."""
+        objects = itertools.chain.from_iterable(map(dict.values, self.tables))
+        return itertools.chain(objects, (_ABSENT,))
 
     def holds(self, layers: tuple[FusedDecoderLayer, ...], dtype: torch.dtype) -> bool:
         """Whether nothing has changed, and nobody looks at what the op passes by."""
@@ -303,16 +310,17 @@ class _Snapshot:
             dtype == self.dtype
             and layers == self.layers
             and not any(self.hooks)
-            and tuple(map(id, self._objects())) == self.ids
-            and not any(norm.dtype != dtype for norm in self.norms)
-            and not any(layer.training for layer in layers)
+            and not any(map(operator.contains, self.own, itertools.repeat("forward")))
+            and all(map(operator.is_, self._objects(), self.objects))
+            and {norm.dtype for norm in self.norms} <= {dtype}
+            and not any(map(operator.itemgetter("training"), self.blocks))
         )
 
 
 def _pass_on(x: Tensor, run: Run, number: int) -> Tensor:
     """`x`, the result of the run, for the layer after `number`."""
     if number + 1 < len(run.layers):
-        setattr(x, _NEXT, (run, number + 1))
+        setattr(x, _NEXT, run.layers[number + 1])
     else:
         delattr(x, _NEXT)
     return x
@@ -332,42 +340,43 @@ class _Slots:
         dtype = None if torch.compiler.is_compiling() else attentions[0].slmops_kv_cache
         if call.cache is None and dtype is None:
             return cls([], [], torch.tensor(0))
-        from torch_slmops.cache import Cache, GrowingLayer, Int8Layer, layer_of
+        from transformers.cache_utils import StaticLayer
+
+        from torch_slmops.cache import Cache, Int8Layer, layers_of
 
         cache = call.cache
         if cache is None:  # rounded all the same: a cache does not change what a model computes
             cache = Cache(dtype=dtype)
-        layers: list[Any] = []
+        layers = layers_of(cache, [attention.layer_idx for attention in attentions], dtype)
+        if layers is None:
+            return None
         tensors: list[Tensor] = []
         starts: list[Any] = []
         sizes: set[int] = set()
-        parts: Sequence[Tensor]
+        parts: Any
+        start: Any
         spec = attentions[0].slmops
         shape = (call.x.shape[0], spec.heads[1], call.x.shape[1], spec.head_dim)
         states = call.x.new_empty(1).expand(shape)
-        for attention in attentions:
-            layer = layer_of(cache, attention.layer_idx, dtype)
-            if isinstance(layer, Int8Layer):
+        for layer in layers:
+            if type(layer) is Int8Layer:  # and not isinstance, which is slow for abstract classes
                 parts, start = layer.reserve_int8(states, states)
-            elif isinstance(layer, GrowingLayer):
+            elif type(layer) is not StaticLayer:
                 *parts, start = layer.reserve(states, states, blocked=True)
-            elif layer is not None:  # a static one
+            else:
                 if not layer.is_initialized:
                     layer.lazy_initialization(states, states)
                 parts, start = (layer.keys, layer.values), layer.cumulative_length
-            else:
+            if len(parts) == 2 and parts[0].dtype != states.dtype:
                 return None
-            if len(parts) == 2 and parts[0].dtype != call.x.dtype:
-                return None
-            layers.append(layer)
             tensors += parts
             starts.append(start)
             sizes.add(len(parts))
-        if len(starts) > 1 and any(int(start) != int(starts[0]) for start in starts):
+        start = starts[0]
+        if len(starts) > 1 and len(set(map(int, starts))) > 1:
             return None
         if len(sizes) > 1:  # some layers are int8, others not
             return None
-        start = starts[0]
         return cls(layers, tensors, start if isinstance(start, Tensor) else torch.tensor(start))
 
     def advance(self, new: int) -> None:

@@ -19,7 +19,7 @@ from torch_slmops.modules import Embedding, PackedModule
 from torch_slmops.notes import budget_of, left_of, was_rotated
 from torch_slmops.ops import describe
 from torch_slmops.packed_rows import Rows
-from torch_slmops.stack import connects_only
+from torch_slmops.stack import Layers, connects_only
 from torch_slmops.survey import Site, find_sites
 
 __all__ = ["FusedRow", "LeftRow", "PackedRow", "Report", "UnfusedRow", "report"]
@@ -29,6 +29,7 @@ _ITSELF = "(the model)"  # which has no name
 _FAST = " (float_fast)"
 # Modules that copy, choose or clear values: the same bits on every CPU.
 _EXACT = (
+    Layers,
     nn.Dropout,
     nn.Embedding,
     nn.Flatten,

@@ -13,12 +13,13 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from torch_slmops.fused import read, scaling_of
 from torch_slmops.fused_decoder import FusedDecoderLayer, Run
 
-__all__ = ["connects_only", "link_runs"]
+__all__ = ["Layers", "connects_only", "link_runs"]
 
 # What the forward of a model may call besides its children, and nothing is computed but integers,
 # masks and what every CPU rounds alike: sums, products and quotients of elements.
@@ -41,6 +42,18 @@ _CONNECTING = {
 }
 
 
+class Layers(nn.ModuleList):
+    """An `nn.ModuleList` whose slices cost little: many forwards take one for each token."""
+
+    def __getitem__(self, idx: Any) -> Any:
+        if not isinstance(idx, slice) or torch.compiler.is_compiling():
+            return super().__getitem__(idx)
+        chosen = tuple(self._modules.values())[idx]
+        made = Layers()
+        made._modules.update(zip(map(str, range(len(chosen))), chosen, strict=True))
+        return made
+
+
 def link_runs(model: nn.Module) -> None:
     """Tells the fused decoder layers of `model` which of them can be computed together."""
     for parent in model.modules():
@@ -55,6 +68,8 @@ def link_runs(model: nn.Module) -> None:
                 made = None
                 if bounded is not None and len(run) > 1:
                     made = Run(parent, name, start, run, bounded)
+                    if type(children) is nn.ModuleList:
+                        children.__class__ = Layers
                 for number, layer in enumerate(run):
                     layer.slmops_run = None if made is None else (made, number)
 
