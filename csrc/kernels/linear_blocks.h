@@ -12,10 +12,12 @@ namespace {
 
 constexpr int kBlockRows8 = 8;
 constexpr int kBlockLanes = 2 * kLanes;
-/// k of a Block::add, and the bytes of its operands and of its codes.
-constexpr int64_t kBlockK = 16, kBlockBytes = 64, kBlockCodeBytes = kBlockRows8 * kBlockK;
+/// k of a Block::add, and the bytes of its operands of 4 outputs, of those of all outputs, which
+/// lie side by side, and of its codes.
+constexpr int64_t kBlockK = 16, kQuarterBytes = 64, kBlockBytes = kTile / 4 * kQuarterBytes,
+                  kBlockCodeBytes = kBlockRows8 * kBlockK;
 
-/// Scratch of a step: a chunk's operands for each 4 outputs, its factors for each unit of k and 4
+/// Scratch of a step: a chunk's operands, its factors for each unit of k and 4
 /// outputs, and what the 8 rows of a block bring to each of its units and activation groups.
 struct BlockRoom {
   uint8_t* operands;
@@ -47,20 +49,19 @@ struct BlockRoom {
 /// Operands of a chunk of int4 or int8 lines of `group` formats.
 template <class B, int kBits>
 inline void group_operands(const Format& f, const Chunk& chunk, uint8_t* out) {
-  const int64_t stride = chunk.count * 4, line_bytes = f.group * kTile * kBits / 8;
+  const int64_t line_bytes = f.group * kTile * kBits / 8;
   const uint8_t* group = chunk.lines;
   for (int64_t k = 0; k < chunk.count; k += f.group, group += f.group_bytes) {
     for (const uint8_t* line = group; line < group + line_bytes; out += kBlockBytes) {
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         const uint8_t* at = line + half * kLineBytes;
-        uint8_t* to = out + half * 4 * stride;
+        uint8_t* to = out + half * 4 * kQuarterBytes;
         if constexpr (kBits == 4) {
-          B::store_int4(to, stride, load_line(at), load_line(at + 2 * kLineBytes));
+          B::store_int4(to, load_line(at), load_line(at + 2 * kLineBytes));
         } else {
-          B::store_int8(to, stride,
-                        {load_line(at), load_line(at + 2 * kLineBytes),
-                         load_line(at + 4 * kLineBytes), load_line(at + 6 * kLineBytes)});
+          B::store_int8(to, {load_line(at), load_line(at + 2 * kLineBytes),
+                             load_line(at + 4 * kLineBytes), load_line(at + 6 * kLineBytes)});
         }
       }
       line += kBits * kLineBytes;
@@ -70,7 +71,6 @@ inline void group_operands(const Format& f, const Chunk& chunk, uint8_t* out) {
 
 template <class B>
 inline void sub16_operands(const Chunk& chunk, uint8_t* out) {
-  const int64_t stride = chunk.count * 4;
   const uint8_t* block = chunk.lines;
   for (int64_t k = 0; k < chunk.count; k += kSubBlock, block += kSubBlockBytes) {
 #pragma GCC unroll 4
@@ -78,7 +78,7 @@ inline void sub16_operands(const Chunk& chunk, uint8_t* out) {
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         const uint8_t* line = block + (4 * j + half) * kLineBytes;
-        B::store_sub16(out + half * 4 * stride, stride, load_line(line),
+        B::store_sub16(out + half * 4 * kQuarterBytes, load_line(line),
                        load_line(line + 2 * kLineBytes), block + 16 * kLineBytes + half * 32, j);
       }
     }
@@ -108,58 +108,69 @@ inline void group_factors(const Format& f, const Chunk& chunk, const BlockRoom& 
   }
 }
 
-/// A pair of a block's rows: two of those present, where one is missing the last.
-struct RowPair {
-  int64_t a, b;
+/// A block's row, or where it is missing the last of those present.
+constexpr int64_t block_row(int row, int64_t present) { return row < present ? row : present - 1; }
 
-  RowPair(int pair, int64_t present)
-      : a(2 * pair < present ? 2 * pair : present - 1),
-        b(2 * pair + 1 < present ? 2 * pair + 1 : present - 1) {}
-};
+/// Spreads `count` words of a block's rows: convert(word) of the rows' first words at `in`,
+/// `stride` words apart; four at a time, which `convert` is given as a vector.
+template <class B, class Word, class Convert>
+inline void spread_rows(const Word* in, int64_t stride, int64_t count, int64_t present, Word* out,
+                        const Convert& convert) {
+  for (int pair = 0; pair < kBlockRows8 / 2; ++pair) {
+    const Word *x = in + block_row(2 * pair, present) * stride,
+               *y = in + block_row(2 * pair + 1, present) * stride;
+    Word* to = out;
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4, to += 4 * kBlockLanes) {
+      B::spread(to, pair, convert(B::load_four(x + i)), convert(B::load_four(y + i)));
+    }
+    for (; i < count; ++i, to += kBlockLanes) {
+      B::spread(to, pair, __builtin_bit_cast(uint32_t, convert(x[i])),
+                __builtin_bit_cast(uint32_t, convert(y[i])));
+    }
+  }
+}
 
 /// Codes and scales of a block's rows, `count` k of them.
 template <class B>
 inline void block_rows(const Format& f, const PassRows& rows, int64_t count, int64_t present,
                        const BlockRoom& room) {
-  const int64_t act_groups = count / f.act_group;
-  for (int pair = 0; pair < kBlockRows8 / 2; ++pair) {
-    const RowPair row(pair, present);
-    const int8_t *x = rows.codes + row.a * rows.code_stride,
-                 *y = rows.codes + row.b * rows.code_stride;
-    const int8_t* const end = x + count;
-    for (int8_t* out = room.codes; x < end; x += kBlockK, y += kBlockK, out += kBlockCodeBytes) {
-      B::store_codes(out, pair, x, y);
-    }
-    const float *s = rows.scale + row.a * rows.scale_stride,
-                *t = rows.scale + row.b * rows.scale_stride;
-    float* out = room.row_scales;
-    for (int64_t i = 0; i < act_groups; ++i, out += kBlockLanes) {
-      B::spread(out, pair, __builtin_bit_cast(uint32_t, s[i]), __builtin_bit_cast(uint32_t, t[i]));
+  for (int four = 0; four < kBlockRows8 / 4; ++four) {
+    const auto row = [&](int i) {
+      return rows.codes + block_row(4 * four + i, present) * rows.code_stride;
+    };
+    const int8_t *a = row(0), *b = row(1), *c = row(2), *d = row(3);
+    int8_t* out = room.codes + four * B::kFourCodes;
+    const int8_t* const end = a + count;
+    for (; a < end; out += 2 * kBlockCodeBytes) {
+      B::store_codes(out, a, b, c, d);
+      a += 2 * kBlockK;
+      b += 2 * kBlockK;
+      c += 2 * kBlockK;
+      d += 2 * kBlockK;
     }
   }
+  spread_rows<B>(rows.scale, rows.scale_stride, count / f.act_group, present, room.row_scales,
+                 [](auto scale) { return scale; });
 }
 
 /// What the sums of a block's units start from.
 template <class B, ZeroKind kZero, int32_t kDotBias>
 inline void block_starts(const PassRows& rows, int64_t units, int64_t present, int32_t bias,
                          const BlockRoom& room) {
-  const auto start = [&](int32_t preset) {
-    if constexpr (kZero == ZeroKind::int16) return static_cast<uint32_t>(preset);
-    if constexpr (kZero == ZeroKind::none) return static_cast<uint32_t>(preset + bias);
-    return static_cast<uint32_t>(kDotBias * preset + bias);
-  };
+  spread_rows<B>(rows.presets, rows.preset_stride, units, present, room.starts, [&](auto preset) {
+    if constexpr (kZero == ZeroKind::int16) return preset;
+    if constexpr (kZero == ZeroKind::none) return preset + bias;
+    return kDotBias * preset + bias;
+  });
+  if constexpr (kZero != ZeroKind::floating) return;
   for (int pair = 0; pair < kBlockRows8 / 2; ++pair) {
-    const RowPair row(pair, present);
-    const int32_t *x = rows.presets + row.a * rows.preset_stride,
-                  *y = rows.presets + row.b * rows.preset_stride;
-    int32_t* out = room.starts;
+    const int32_t *x = rows.presets + block_row(2 * pair, present) * rows.preset_stride,
+                  *y = rows.presets + block_row(2 * pair + 1, present) * rows.preset_stride;
     float* code_sums = room.code_sums;
-    for (int64_t i = 0; i < units; ++i, out += kBlockLanes, code_sums += kBlockLanes) {
-      B::spread(out, pair, start(x[i]), start(y[i]));
-      if constexpr (kZero == ZeroKind::floating) {
-        B::spread(code_sums, pair, __builtin_bit_cast(uint32_t, static_cast<float>(x[i])),
-                  __builtin_bit_cast(uint32_t, static_cast<float>(y[i])));
-      }
+    for (int64_t i = 0; i < units; ++i, code_sums += kBlockLanes) {
+      B::spread(code_sums, pair, __builtin_bit_cast(uint32_t, static_cast<float>(x[i])),
+                __builtin_bit_cast(uint32_t, static_cast<float>(y[i])));
     }
   }
 }
@@ -236,7 +247,7 @@ SLMOPS_INLINE void group_block(const Format& f, int64_t count, int quarter, cons
   const int64_t unit = preset_unit(f);
   const int64_t factors = quarter * B::kFactors;
   BlockTerms<B, kZero, kSmall> terms = {
-      {room.operands + quarter * count * 4, room.codes, room.starts},
+      {room.operands + quarter * kQuarterBytes, room.codes, room.starts},
       room.code_sums,
       room.scales + factors,
       room.shifts + factors,
@@ -260,7 +271,7 @@ SLMOPS_INLINE void group_block(const Format& f, int64_t count, int quarter, cons
 template <class B, bool kSmall>
 SLMOPS_INLINE void sub16_block(const Format& f, int64_t count, int quarter, const BlockRoom& room,
                                float* out) {
-  BlockWalk<B> walk = {room.operands + quarter * count * 4, room.codes, room.starts};
+  BlockWalk<B> walk = {room.operands + quarter * kQuarterBytes, room.codes, room.starts};
   const float* row_scales = room.row_scales;
   F32 acc[2] = {B::load_sums(out, kTile), B::load_sums(out + 4 * kTile, kTile)};
   for (int64_t a = 0; a < count; a += f.act_group, row_scales += kBlockLanes) {
@@ -291,6 +302,18 @@ SLMOPS_NOINLINE void sub16_tile(const Format& f, int64_t count, const BlockRoom&
   }
 }
 
+/// prefetch_share of a block's rows, four lines at a time.
+SLMOPS_INLINE void prefetch_block_share(const Step& s, int64_t row) {
+  constexpr int64_t kBytes = 4 * kLineBytes;
+  const int64_t blocks = (s.end - s.begin + kBlockRows8 - 1) / kBlockRows8;
+  const int64_t share = (s.chunk_bytes / kBytes + blocks - 1) / blocks * kBytes;
+  const uint8_t* next = s.chunk.lines + s.chunk_bytes + (row - s.begin) / kBlockRows8 * share;
+  for (const uint8_t* end = next + share; next < end; next += kBytes) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kBytes; i += kLineBytes) prefetch(next + i);
+  }
+}
+
 /// Calls prepare(row, rows present) and run(sums) for blocks of 8 rows, as long as more
 /// than kMaxRows are left; returns the first row that is left.
 template <class Prepare, class Run>
@@ -298,8 +321,7 @@ SLMOPS_INLINE int64_t for_blocks_of_8(const Step& s, const Prepare& prepare, con
   int64_t row = s.begin;
   for (; s.end - row > kMaxRows; row += kBlockRows8) {
     const int64_t present = s.end - row < kBlockRows8 ? s.end - row : kBlockRows8;
-    prefetch_share(s, row);
-    if (present > kMaxRows) prefetch_share(s, row + kMaxRows);
+    prefetch_block_share(s, row);
     prepare(row, present);
     float* sums = s.sums + (row - s.begin) * kTile;
     float padded[kBlockRows8 * kTile];

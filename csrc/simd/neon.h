@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "compiler.h"
+
 namespace slmops::SLMOPS_ISA {
 namespace {
 
@@ -245,6 +247,19 @@ template <int kByte>
 inline I32 lane_byte(Line x) {
   SLMOPS_QUARTERS(I32, lane_byte<kByte>(x.q[i]));
 }
+/// Keeps pointers in registers: two loads from one are a single LDP then, where g++ would rather
+/// count a common index.
+template <class... P>
+inline void hold(P&... p) {
+  (void([&]() __attribute__((always_inline)) { asm volatile("" : "+r"(p)); }()), ...);
+}
+/// Four words of a block's row: the part of Block that both sets share.
+struct BlockWords {
+  static int32x4_t load_four(const int32_t* p) { return vld1q_s32(p); }
+  static float32x4_t load_four(const float* p) { return vld1q_f32(p); }
+  static uint32x4_t bits(int32x4_t x) { return vreinterpretq_u32_s32(x); }
+  static uint32x4_t bits(float32x4_t x) { return vreinterpretq_u32_f32(x); }
+};
 inline Codes load_codes(const int8_t* p) { return vld1q_s8(p); }
 inline Dot4 dot4_begin(I32 acc) { return acc; }
 inline I32 dot4_end(I32 /*acc*/, Dot4 d) { return d; }

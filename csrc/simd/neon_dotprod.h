@@ -26,7 +26,7 @@ namespace {
 
 constexpr bool kBlocks = true;
 /// A q is a row, its lanes are the outputs.
-struct Block {
+struct Block : BlockWords {
   static constexpr int kFactors = 4;
 
   static void spread(void* out, int pair, uint32_t a, uint32_t b) {
@@ -34,9 +34,33 @@ struct Block {
     vst1q_u32(p, vdupq_n_u32(a));
     vst1q_u32(p + 4, vdupq_n_u32(b));
   }
-  static void store_codes(int8_t* out, int pair, const int8_t* a, const int8_t* b) {
-    memcpy(out + 32 * pair, a, 16);
-    memcpy(out + 32 * pair + 16, b, 16);
+  template <class Four>
+  static void spread(void* out, int pair, Four a, Four b) {
+    const uint32x4_t x = bits(a), y = bits(b);
+    const uint32x4_t xs[4] = {vdupq_laneq_u32(x, 0), vdupq_laneq_u32(x, 1), vdupq_laneq_u32(x, 2),
+                              vdupq_laneq_u32(x, 3)};
+    const uint32x4_t ys[4] = {vdupq_laneq_u32(y, 0), vdupq_laneq_u32(y, 1), vdupq_laneq_u32(y, 2),
+                              vdupq_laneq_u32(y, 3)};
+    uint32_t* p = static_cast<uint32_t*>(out) + 8 * pair;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i, p += 32) {
+      vst1q_u32(p, xs[i]);
+      vst1q_u32(p + 4, ys[i]);
+    }
+  }
+  static constexpr int64_t kFourCodes = 64;
+  static void store_codes(int8_t* out, const int8_t* a, const int8_t* b, const int8_t* c,
+                          const int8_t* d) {
+    hold(a, b, c, d);
+    const int8x16_t x[2] = {vld1q_s8(a), vld1q_s8(a + 16)}, y[2] = {vld1q_s8(b), vld1q_s8(b + 16)},
+                    z[2] = {vld1q_s8(c), vld1q_s8(c + 16)}, w[2] = {vld1q_s8(d), vld1q_s8(d + 16)};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i, out += 128) {
+      vst1q_s8(out, x[i]);
+      vst1q_s8(out + 16, y[i]);
+      vst1q_s8(out + 32, z[i]);
+      vst1q_s8(out + 48, w[i]);
+    }
   }
   static void store_factors(float* out, F32 s) { store(out, s); }
   static F32 load_factors(const float* p) {
@@ -51,28 +75,29 @@ struct Block {
     for (int i = 0; i < 4; ++i) vst1q_f32(p + i * stride, x.q[i]);
   }
 
-  static void store_int4(uint8_t* out, int64_t stride, Line first, Line second) {
-    for (int i = 0; i < 4; ++i, out += stride) {
-      vst1q_u8(out, vandq_u8(first.q[i], vdupq_n_u8(15)));
-      vst1q_u8(out + 16, vshrq_n_u8(first.q[i], 4));
-      vst1q_u8(out + 32, vandq_u8(second.q[i], vdupq_n_u8(15)));
-      vst1q_u8(out + 48, vshrq_n_u8(second.q[i], 4));
+  static void store_int4(uint8_t* out, Line first, Line second) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i, out += 64) {
+      const Line operands = {{vandq_u8(first.q[i], vdupq_n_u8(15)), vshrq_n_u8(first.q[i], 4),
+                              vandq_u8(second.q[i], vdupq_n_u8(15)), vshrq_n_u8(second.q[i], 4)}};
+      store_line(out, operands);
     }
   }
-  static void store_int8(uint8_t* out, int64_t stride, const Line (&line)[4]) {
-    for (int i = 0; i < 4; ++i, out += stride) {
-      for (int j = 0; j < 4; ++j) {
-        vst1q_u8(out + 16 * j, veorq_u8(line[j].q[i], vdupq_n_u8(128)));
-      }
+  static void store_int8(uint8_t* out, const Line (&line)[4]) {
+    const uint8x16_t high = vdupq_n_u8(128);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i, out += 64) {
+      const Line operands = {{veorq_u8(line[0].q[i], high), veorq_u8(line[1].q[i], high),
+                              veorq_u8(line[2].q[i], high), veorq_u8(line[3].q[i], high)}};
+      store_line(out, operands);
     }
   }
-  static void store_sub16(uint8_t* out, int64_t stride, Line first, Line second,
-                          const uint8_t* sub_scales, int j) {
+  static void store_sub16(uint8_t* out, Line first, Line second, const uint8_t* sub_scales, int j) {
     const uint8x16_t places = {0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6};
     const auto scaled = [](uint8x16_t u, uint8x16_t sub) __attribute__((always_inline)) {
       return vmulq_u8(vsubq_u8(u, vdupq_n_u8(8)), sub);
     };
-    for (int i = 0; i < 4; ++i, out += stride) {
+    for (int i = 0; i < 4; ++i, out += 64) {
       const uint8_t place = static_cast<uint8_t>(8 * (i % 2) + j / 2);
       const uint8x16_t pairs =
           vqtbl1q_u8(vld1q_u8(sub_scales + 16 * (i / 2)), vaddq_u8(places, vdupq_n_u8(place)));

@@ -24,7 +24,7 @@ namespace {
 
 constexpr bool kBlocks = true;
 /// Two q are a pair of rows: outputs 0 and 1, both rows of each, then outputs 2 and 3.
-struct Block {
+struct Block : BlockWords {
   static constexpr int kFactors = 8;
 
   static void spread(void* out, int pair, uint32_t a, uint32_t b) {
@@ -33,11 +33,39 @@ struct Block {
     vst1q_u64(p, both);
     vst1q_u64(p + 2, both);
   }
-  /// Quads 0 and 2 of both rows in the first half, 1 and 3 in the second.
-  static void store_codes(int8_t* out, int pair, const int8_t* a, const int8_t* b) {
-    const int32x4_t x = vreinterpretq_s32_s8(vld1q_s8(a)), y = vreinterpretq_s32_s8(vld1q_s8(b));
-    vst1q_s8(out + 16 * pair, vreinterpretq_s8_s32(vuzp1q_s32(x, y)));
-    vst1q_s8(out + 16 * pair + 64, vreinterpretq_s8_s32(vuzp2q_s32(x, y)));
+  template <class Four>
+  static void spread(void* out, int pair, Four a, Four b) {
+    const uint32x4_t x = bits(a), y = bits(b);
+    const uint64x2_t low = vreinterpretq_u64_u32(vzip1q_u32(x, y)),
+                     high = vreinterpretq_u64_u32(vzip2q_u32(x, y));
+    const uint64x2_t both[4] = {vdupq_laneq_u64(low, 0), vdupq_laneq_u64(low, 1),
+                                vdupq_laneq_u64(high, 0), vdupq_laneq_u64(high, 1)};
+    uint64_t* p = static_cast<uint64_t*>(out) + 4 * pair;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i, p += 16) {
+      vst1q_u64(p, both[i]);
+      vst1q_u64(p + 2, both[i]);
+    }
+  }
+  static constexpr int64_t kFourCodes = 32;
+  /// 32 k of two pairs of rows; of 16 quads 0 and 2 in the first half, 1 and 3 in the second.
+  static void store_codes(int8_t* out, const int8_t* a, const int8_t* b, const int8_t* c,
+                          const int8_t* d) {
+    hold(a, b, c, d);
+    const auto quads = [](const int8_t* p) __attribute__((always_inline)) {
+      return vreinterpretq_s32_s8(vld1q_s8(p));
+    };
+    const int32x4_t x[2] = {quads(a), quads(a + 16)}, y[2] = {quads(b), quads(b + 16)},
+                    z[2] = {quads(c), quads(c + 16)}, w[2] = {quads(d), quads(d + 16)};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i, out += 128) {
+      const int32x4_t even[2] = {vuzp1q_s32(x[i], y[i]), vuzp1q_s32(z[i], w[i])},
+                      odd[2] = {vuzp2q_s32(x[i], y[i]), vuzp2q_s32(z[i], w[i])};
+      vst1q_s8(out, vreinterpretq_s8_s32(even[0]));
+      vst1q_s8(out + 16, vreinterpretq_s8_s32(even[1]));
+      vst1q_s8(out + 64, vreinterpretq_s8_s32(odd[0]));
+      vst1q_s8(out + 80, vreinterpretq_s8_s32(odd[1]));
+    }
   }
   static void store_factors(float* out, F32 s) {
     for (int i = 0; i < 4; ++i) {
@@ -70,29 +98,28 @@ struct Block {
     return {vreinterpretq_u8_u32(vzip1q_u32(first, second)),
             vreinterpretq_u8_u32(vzip2q_u32(first, second))};
   }
-  static void store_int4(uint8_t* out, int64_t stride, Line first, Line second) {
-    for (int i = 0; i < 4; ++i, out += stride) {
+  static void store_int4(uint8_t* out, Line first, Line second) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i, out += 64) {
       const Zipped z = zip(first.q[i], second.q[i]);
-      vst1q_u8(out, vandq_u8(z.a, vdupq_n_u8(15)));
-      vst1q_u8(out + 16, vandq_u8(z.b, vdupq_n_u8(15)));
-      vst1q_u8(out + 32, vshrq_n_u8(z.a, 4));
-      vst1q_u8(out + 48, vshrq_n_u8(z.b, 4));
+      const Line operands = {{vandq_u8(z.a, vdupq_n_u8(15)), vandq_u8(z.b, vdupq_n_u8(15)),
+                              vshrq_n_u8(z.a, 4), vshrq_n_u8(z.b, 4)}};
+      store_line(out, operands);
     }
   }
-  static void store_int8(uint8_t* out, int64_t stride, const Line (&line)[4]) {
-    for (int i = 0; i < 4; ++i, out += stride) {
+  static void store_int8(uint8_t* out, const Line (&line)[4]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i, out += 64) {
       const Zipped even = zip(line[0].q[i], line[2].q[i]), odd = zip(line[1].q[i], line[3].q[i]);
-      vst1q_u8(out, even.a);
-      vst1q_u8(out + 16, even.b);
-      vst1q_u8(out + 32, odd.a);
-      vst1q_u8(out + 48, odd.b);
+      const Line operands = {{even.a, even.b, odd.a, odd.b}};
+      store_line(out, operands);
     }
   }
-  static void store_sub16(uint8_t* out, int64_t stride, Line first, Line second,
-                          const uint8_t* sub_scales, int j) {
+  static void store_sub16(uint8_t* out, Line first, Line second, const uint8_t* sub_scales, int j) {
     const uint8x16_t places[2] = {{0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2},
                                   {4, 4, 4, 4, 4, 4, 4, 4, 6, 6, 6, 6, 6, 6, 6, 6}};
-    for (int i = 0; i < 4; ++i, out += stride) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i, out += 64) {
       const uint8x16_t pairs = vld1q_u8(sub_scales + 16 * (i / 2));
       const uint8x16_t place = vdupq_n_u8(static_cast<uint8_t>(8 * (i % 2) + j / 2));
       const Zipped z = zip(first.q[i], second.q[i]);

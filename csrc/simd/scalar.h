@@ -42,14 +42,17 @@ constexpr bool kDotsByRows = false;
 /// order of the set's own. Each 4 rows are a vector, each 2 rows half of one, a *pair*. `struct
 /// Block` has static functions for them; 16 k of codes are 128 bytes, of operands 64, also in an
 /// order of its own.
-///     store_codes(int8_t* out, int pair, const int8_t* a, const int8_t* b)  16 codes of its rows
-///     store_int4(uint8_t* out, int64_t stride, Line, Line)  16 k of 4 x 4 outputs, at multiples
-///     store_int8(out, stride, const Line (&)[4])            of the stride
-///     store_sub16(out, stride, Line, Line, const uint8_t* sub_scales, int j)   as expand
-///     add(I32 (&sum)[2], const uint8_t* operands, const int8_t* codes)         16 k
-///     spread(void* out, int pair, uint32_t a, uint32_t b)   to the lanes of its rows; out: 32
-///     lanes store_factors(float* out, F32)   one for each of 16 outputs: kFactors floats for 4 of
-///     them load_factors(const float*)       those of 4 outputs, for each vector of a block
+///     store_codes(int8_t* out, const int8_t* a, b, c, d)  32 k of 4 rows; kFourCodes further
+///                                                         are those of the other 4
+///     store_int4(uint8_t* out, Line, Line)                16 k of 4 x 4 outputs, side by side
+///     store_int8(out, const Line (&)[4])
+///     store_sub16(out, Line, Line, const uint8_t* sub_scales, int j)    as expand
+///     add(I32 (&sum)[2], const uint8_t* operands, const int8_t* codes)  16 k
+///     spread(void* out, int pair, uint32_t a, uint32_t b)  to the lanes of its rows, of 32 at out
+///     spread(void* out, int pair, Four a, Four b)          the same of load_four's words, 32 lanes
+///                                                          for each of the four
+///     store_factors(float* out, F32)   one for each of 16 outputs: kFactors floats for 4 of them
+///     load_factors(const float*)       those of 4 outputs, for each vector of a block
 ///     load_sums(const float*, int64_t stride), store_sums(float*, stride, F32)  a vector's rows
 constexpr bool kBlocks = false;
 struct Block;
