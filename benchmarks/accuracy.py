@@ -4,10 +4,10 @@ Each row is a format of the same trained model, compared by `torch_slmops.evalua
 on the model's held-out tokens (`val_tokens.npy` beside it, else the built-in texts); the interval
 of the divergence is the 95 % one. `calibrated` takes the windows in `calibration_tokens.npy`.
 
-`make accuracy` runs all sections on both trained decoders, and `encoder`, which has a model of its
-own. `gguf` needs the package of that name: llama.cpp's Q4_0 and Q8_0 as its numpy code quantizes
-them, dequantized, and evaluated here with float activations. `llama.cpp` is llama.cpp itself, where
-`benchmarks/engines/setup.sh llama.cpp` has set it up.
+`make accuracy` runs all sections on both trained decoders, and the encoder's two on a model of
+their own. `gguf` needs the package of that name: llama.cpp's Q4_0 and Q8_0 as its numpy code
+quantizes them, dequantized, and evaluated here with float activations. `llama.cpp` is llama.cpp
+itself, where `benchmarks/engines/setup.sh llama.cpp` has set it up.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import torch_slmops
-from benchmarks import encoder
+from benchmarks import codes, encoder
 from benchmarks.llama_cpp import LlamaCpp
 from benchmarks.recorded import recorded
 from torch_slmops.evaluate import Evaluation
@@ -86,6 +86,7 @@ LLAMA_CPP: tuple[tuple[str, bool, str | None], ...] = (
     ("Q4_K_M", True, "Q8_0"),
     ("Q8_0", False, None),
 )
+COLUMNS = ("same first choice", "KL, 10⁻³ nats per token", "perplexity")
 BUDGETS = (0.01, 0.005, 0.002, 0.001, 0.0005)
 
 
@@ -166,10 +167,18 @@ class Table:
 
     def head(self, title: str) -> None:
         print(f"\n{title}\n")
-        print("| format | same first choice | KL, 10⁻³ nats per token | perplexity | MB |")
+        print(f"| format | {' | '.join(COLUMNS)} | MB |")
         print("|---|---|---|---|---|", flush=True)
 
     def row(self, name: str, model: nn.Module, size: int | None = None) -> Evaluation:
+        found, cells = self.measure(model)
+        megabytes = (found.bytes if size is None else size) / 1e6
+        print(f"| {name} | {' | '.join(cells)} | {megabytes:.2f} |", flush=True)
+        self.found[name] = found
+        return found
+
+    def measure(self, model: nn.Module) -> tuple[Evaluation, tuple[str, ...]]:
+        """The evaluation, and its cells in the order of `COLUMNS`."""
         found = torch_slmops.evaluate(
             model,
             self.reference,
@@ -182,11 +191,7 @@ class Table:
         assert kl is not None
         assert top1 is not None
         divergence = f"{kl.value * 1e3:.3f} ± {(kl.high - kl.value) * 1e3:.3f}"
-        megabytes = (found.bytes if size is None else size) / 1e6
-        cells = (name, f"{top1.value:.4f}", divergence, f"{found.perplexity.value:.3f}")
-        print(f"| {' | '.join(cells)} | {megabytes:.2f} |", flush=True)
-        self.found[name] = found
-        return found
+        return found, (f"{top1.value:.4f}", divergence, f"{found.perplexity.value:.3f}")
 
     def optimized(self, name: str, model: nn.Module | None = None, **options: Any) -> Evaluation:
         made = copy.deepcopy(self.original if model is None else model)
@@ -318,8 +323,16 @@ def massive_activations(table: Table) -> None:
             table.optimized(f"2^{exponent}: {name}", changed, **options)
 
 
+def other_codes(table: Table) -> None:
+    codes.table(table.original, COLUMNS, lambda model: table.measure(model)[1])
+
+
 def sentence_encoder(table: Table) -> None:
     encoder.table({**WEIGHTS, **ENCODER}, CALIBRATED)
+
+
+def encoder_codes(table: Table) -> None:
+    encoder.codes_table()
 
 
 def _texts(folder: Path, windows: int) -> tuple[Any, Any]:
@@ -341,14 +354,16 @@ RUN = {
     "llama.cpp": llama_cpp,
     "budget": budget,
     "massive": massive_activations,
+    "codes": other_codes,
     "encoder": sentence_encoder,
+    "encoder-codes": encoder_codes,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument(
-        "sections", nargs="*", help=f"of {', '.join(RUN)}; by default all but encoder"
+        "sections", nargs="*", help=f"of {', '.join(RUN)}; by default all but the encoder's"
     )
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of a Llama or Qwen3")
     parser.add_argument("--engines", type=Path, default=ENGINES, help="where setup.sh put them")
@@ -360,7 +375,7 @@ def main() -> None:
     known = torch.from_numpy(np.load(calibration)) if calibration.exists() else None
     texts = _texts(args.model, args.windows)
     table = Table(original, *texts, calibration=known, folder=args.model, engines=args.engines)
-    for section in args.sections or [name for name in RUN if name != "encoder"]:
+    for section in args.sections or [name for name in RUN if "encoder" not in name]:
         RUN[section](table)
     if args.plot is not None:
         plot_kl({n: f for n, f in table.found.items() if n in WEIGHTS | HEADS}, args.plot)

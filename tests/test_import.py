@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 import torch_slmops
 
 OPTIONAL = ("rich", "safetensors", "torchao", "tqdm", "transformers")
@@ -59,6 +61,16 @@ def test_works_without_optional_packages() -> None:
     assert "torch_slmops report: Sequential" in done.stdout
 
 
+OF_TRANSFORMERS = {"Cache", "SlmopsConfig"}
+
+
 def test_exports_what_it_names() -> None:
-    for name in torch_slmops.__all__:
+    for name in set(torch_slmops.__all__) - OF_TRANSFORMERS:
         assert hasattr(torch_slmops, name), name
+
+
+@pytest.mark.parametrize("name", sorted(OF_TRANSFORMERS))
+def test_exports_what_needs_transformers(name: str) -> None:
+    assert name in torch_slmops.__all__
+    pytest.importorskip("transformers")
+    assert hasattr(torch_slmops, name)
