@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -19,8 +19,8 @@ from torch import Tensor
 
 import torch_slmops
 from torch_slmops import ops
+from torch_slmops.isa import features
 
-isa_module = import_module("torch_slmops.isa")  # the name in the package is a function
 BF16_U = 2.0**-8  # of rounding to bfloat16
 FAST = [replace(fmt, activations="float_fast") for fmt in FORMATS if fmt.activations == "float"]
 NEVER = 1 << 40
@@ -81,17 +81,21 @@ def test_mean_error(fmt: Format, rows: int, isa: str) -> None:
 def test_without_bf16_dots_few_rows_are_those_of_float(fmt: Format, isa: str) -> None:
     x = random_values("normal", (3, 192), seed=1)
     expected = ops.linear(x, random_packed(replace(fmt, activations="float"), 70, 192), 70)
-    torch.ops.slmops._set_features(features_without_bf16())
+    with without_bf16(isa):
+        assert_same_bits(ops.linear(x, random_packed(fmt, 70, 192), 70), expected)
+
+
+@contextmanager
+def without_bf16(isa: str) -> Iterator[None]:
+    """A CPU without dots of bfloat16, on the row that is in use."""
+    before = features()
+    torch.ops.slmops._set_features(", ".join(name for name in before if "bf16" not in name))
     torch_slmops.set_isa(isa)
     try:
-        assert_same_bits(ops.linear(x, random_packed(fmt, 70, 192), 70), expected)
+        yield
     finally:
-        isa_module._use_cpuinfo()
+        torch.ops.slmops._set_features(", ".join(before))
         torch_slmops.set_isa(isa)
-
-
-def features_without_bf16() -> str:
-    return ", ".join(name for name in isa_module.features() if "bf16" not in name)
 
 
 @pytest.mark.parametrize("fmt", FAST, ids=str)
@@ -100,15 +104,12 @@ def test_unpacked_panels_hold_the_weight(fmt: Format, isa: str) -> None:
     n, k = 70, 130 if fmt.group != -1 else 128
     packed = random_packed(fmt, n, k)
     expected = ops.embedding(torch.arange(n), packed, k, torch.float32).T
-    torch.ops.slmops._set_features(features_without_bf16())
-    torch_slmops.set_isa(isa)
     set_library_rows(1)
     try:
-        assert torch.equal(ops.linear(torch.eye(k), packed, n), expected)
+        with without_bf16(isa):
+            assert torch.equal(ops.linear(torch.eye(k), packed, n), expected)
     finally:
         set_library_rows(0)
-        isa_module._use_cpuinfo()
-        torch_slmops.set_isa(isa)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -80,7 +80,7 @@ if __name__ == "__main__":
 
 def run(tmp_path: Path, code: str, *arguments: str) -> None:
     """Runs code in a new process, 60 s at most: a lost pool would wait forever."""
-    file = tmp_path / "code.py"
+    file = tmp_path / "script.py"
     file.write_text(PREPARE + code)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "4"}
     done = subprocess.run(
