@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -147,6 +149,18 @@ def test_what_looks_into_a_run_ends_it(
     assert float((logits(model, tokens(1, 4), use_cache=False) - want).abs().max()) < 3e-3
     itself = name == "" and change is not _train  # its own call does what was added
     assert calls.layers == [1] * (4 if itself else 3)
+
+
+def test_a_hook_that_is_gone_or_elsewhere_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = optimize(small("llama", num_hidden_layers=3))
+    calls = Calls(monkeypatch)
+    want = logits(model, tokens(1, 4), use_cache=False)
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *args: None)
+    logits(model, tokens(1, 4), use_cache=False)
+    handle.remove()
+    nn.Linear(1, 1).register_forward_hook(lambda *args: None)
+    assert_same_bits(logits(model, tokens(1, 4), use_cache=False), want)
+    assert (calls.layers[0], calls.layers[-1]) == (3, 3)
 
 
 def test_hooks_of_all_modules_see_every_layer() -> None:
@@ -392,3 +406,131 @@ def test_many_threads_generate_at_once() -> None:
     for got, want in zip(results, expected, strict=True):
         assert got is not None
         assert_same_bits(got, want)
+
+
+class Steps:
+    """A model that is called token by token with a cache."""
+
+    def __init__(self, model: Any, cache: Any) -> None:
+        self.model, self.cache = model, cache
+
+    @property
+    def layers(self) -> list[Any]:
+        return list(self.cache.layers)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return logits(self.model, ids, **{CACHE: self.cache})
+
+
+def _crop(steps: Steps) -> None:
+    steps.cache.crop(-3)
+
+
+def _reorder(steps: Steps) -> None:
+    steps.cache.reorder_cache(torch.tensor([1, 1]))
+
+
+def _assign(steps: Steps) -> None:
+    for layer in steps.layers:
+        layer.keys, layer.values = layer.keys * 2, layer.values * 2
+
+
+def _write(steps: Steps) -> None:
+    for layer in steps.layers:
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        layer.values.zero_()
+
+
+def _swap_layers(steps: Steps) -> None:
+    layers = steps.cache.layers
+    layers[0], layers[1] = layers[1], layers[0]
+
+
+def _empty(steps: Steps) -> None:
+    for layer in steps.layers:
+        layer.keys = layer.values = None
+
+
+def _another_cache(steps: Steps) -> None:
+    steps.cache = copy.deepcopy(steps.cache)
+
+
+def _many_tokens(steps: Steps) -> None:
+    steps(tokens(2, 90))
+
+
+def _one_by_one(steps: Steps) -> None:
+    handle = steps.model.model.layers[1].register_forward_hook(lambda *args: None)
+    steps(tokens(2, 2))
+    handle.remove()
+
+
+def _inference_mode(steps: Steps) -> None:
+    with torch.inference_mode():
+        steps(tokens(2, 70))
+
+
+@pytest.mark.parametrize("kv_cache", [None, "int8"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        _crop,
+        _reorder,
+        _assign,
+        _write,
+        _swap_layers,
+        _empty,
+        _another_cache,
+        _many_tokens,
+        _one_by_one,
+        _inference_mode,
+    ],
+)
+def test_a_run_sees_what_happens_to_its_cache(
+    change: Callable[[Steps], None], kv_cache: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where keys and values go is found once for many steps."""
+    model = optimize(small("llama", num_hidden_layers=3), kv_cache=kv_cache)
+    alone = optimize(small("llama", num_hidden_layers=3), kv_cache=kv_cache)
+    calls = Calls(monkeypatch)
+    both = [Steps(m, transformers.DynamicCache(config=m.config)) for m in (model, alone)]
+
+    def step(count: int) -> None:
+        for layer in layers_of(alone):
+            layer.slmops_run = None
+        got, want = (steps(tokens(2, count)) for steps in both)
+        assert_same_bits(got, want)
+
+    for count in (5, 1, 1):
+        step(count)
+    assert calls.layers == [3, 1, 1, 1] * 3
+    for steps in both:
+        change(steps)
+    for count in (1, 1, 3):
+        step(count)
+
+
+def test_a_run_finds_the_slots_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = optimize(small("llama", num_hidden_layers=3))
+    steps = Steps(model, transformers.DynamicCache(config=model.config))
+    kept: list[Any] = []
+
+    def note(x: Tensor, weights: Any, cache: Any, *args: Any) -> Tensor:
+        kept.append((weights, cache))
+        return ops.decoder_layers(x, weights, cache, *args)
+
+    monkeypatch.setattr(fused_decoder, "_decoder_layers", note)
+    for count in (5, 1, 1, 2):
+        steps(tokens(2, count))
+    assert all(isinstance(part, ops.Kept) for parts in kept for part in parts)
+    assert len({id(weights) for weights, _ in kept}) == len({id(cache) for _, cache in kept}) == 1
+
+
+def test_a_run_lets_go_of_a_cache() -> None:
+    model = optimize(small("llama", num_hidden_layers=3))
+    steps = Steps(model, transformers.DynamicCache(config=model.config))
+    steps(tokens(1, 4))
+    alive = [weakref.ref(vars(layer)["_values"].tensor) for layer in steps.layers]
+    del steps
+    gc.collect()
+    assert not any(ref() is not None for ref in alive)

@@ -53,6 +53,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         memory = self._memory(name)
         if value is None or value.dim() != 4:  # none yet, or what torch.cat takes for nothing
             vars(self)[name] = value
+            Memory.note_change()
         elif memory is not None and memory.is_part(value):
             memory.use(value)
         else:

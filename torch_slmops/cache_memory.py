@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +27,29 @@ def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None)
     return memory.empty(math.prod(shape) * dtype.itemsize).view(dtype).view(*shape)
 
 
+_numbers = itertools.count(1)
+
+
 class Memory:
-    """A tensor [B, H, slots, D] of which slots [first, stop) are in use."""
+    """A tensor [B, H, slots, D] of which slots [first, stop) are in use.
+
+    Attributes:
+        changes: Another number after every change of any memory.
+    """
+
+    changes = 0
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.first, self.stop = tensor, 0, tensor.shape[2]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        Memory.note_change()
+
+    @staticmethod
+    def note_change() -> None:
+        """Gives `changes` a new number."""
+        Memory.changes = next(_numbers)
 
     @classmethod
     def of(cls, states: Tensor, slots: int) -> Memory:
@@ -41,6 +61,11 @@ class Memory:
     @property
     def batch(self) -> int:
         return self.tensor.shape[0]
+
+    @property
+    def slots(self) -> int:
+        """Those in use and the free ones."""
+        return self.tensor.shape[2]
 
     def view(self) -> Tensor:
         return self.tensor[:, :, self.first : self.stop]
@@ -69,11 +94,11 @@ class Memory:
         """Makes sure that `new` slots are free behind those in use, and may be written."""
         if self.tensor.is_inference() and not torch.is_inference_mode_enabled():
             self.tensor = self.tensor.clone()
-        if self.stop + new <= self.tensor.shape[2]:
+        if self.stop + new <= self.slots:
             return
         used, kept = self.stop - self.first, self.view()
         slots = max(2 * (used + new), LEAST_SLOTS)
-        if slots > self.tensor.shape[2]:
+        if slots > self.slots:
             batch, heads, _, width = self.tensor.shape
             self.tensor = _empty(self.tensor, (batch, heads, slots, width))
         else:
@@ -104,6 +129,10 @@ class Blocks(Memory):
     def batch(self) -> int:
         return self.parts[0].shape[0]
 
+    @property
+    def slots(self) -> int:
+        return self.parts[0].shape[2] * _BLOCK
+
     def last(self, count: int) -> Tensor:
         assert count == self.stop
         return self.parts[0]
@@ -114,12 +143,13 @@ class Blocks(Memory):
     def make_room(self, new: int) -> None:
         if self.parts[0].is_inference() and not torch.is_inference_mode_enabled():
             self.parts = [part.clone() for part in self.parts]
-        if self.stop + new <= self.parts[0].shape[2] * _BLOCK:
+        if self.stop + new <= self.slots:
             return
         used, blocks = -(-self.stop // _BLOCK), -(-2 * (self.stop + new) // _BLOCK)
-        for i, old in enumerate(self.parts):
-            self.parts[i] = _empty(old, (*old.shape[:2], blocks, *old.shape[3:]))
-            self.parts[i][:, :, :used] = old[:, :, :used]
+        parts = [_empty(old, (*old.shape[:2], blocks, *old.shape[3:])) for old in self.parts]
+        for new_part, old in zip(parts, self.parts, strict=True):
+            new_part[:, :, :used] = old[:, :, :used]
+        self.parts = parts
 
     def reorder(self, rows: Tensor) -> None:
         used = slice(-(-self.stop // _BLOCK))

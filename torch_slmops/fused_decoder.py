@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from torch_slmops import ops
+from torch_slmops import _C, ops
 from torch_slmops.attention import NAME
+from torch_slmops.cache_memory import Memory
 from torch_slmops.families import DecoderLayer
 from torch_slmops.fused import (
     HOOKS,
@@ -142,7 +145,7 @@ class FusedDecoderLayer(Fused):
             return None
         attention: Any = self._modules[self.slmops.row.attention]
         mlp: Any = self._modules[self.slmops.row.mlp]
-        slots = _Slots.of(call, [layer._modules[self.slmops.row.attention] for layer in layers])
+        slots = self._slots(layers, call)
         if slots is None:
             return None
         inner, norm, row = attention.slmops, self.slmops.norm, self.slmops.row
@@ -215,7 +218,7 @@ class FusedDecoderLayer(Fused):
 
     def _weights(
         self, layers: tuple[FusedDecoderLayer, ...], dtype: torch.dtype
-    ) -> list[Tensor] | None:
+    ) -> Sequence[Tensor] | None:
         """The tensors of all layers as the op takes them; None if a layer has to compute itself."""
         if torch.compiler.is_compiling():  # whose guards do it
             return self._parts(dtype) if layers == (self,) else None
@@ -233,6 +236,22 @@ class FusedDecoderLayer(Fused):
                 weights += parts
             known = vars(self)[SNAPSHOT] = _Snapshot(layers, dtype, weights)
         return known.weights
+
+    def _slots(
+        self, layers: tuple[FusedDecoderLayer, ...], call: _Call
+    ) -> _Slots | _KeptSlots | None:
+        """Where the keys and values of `layers` go; None where the op cannot use the cache."""
+        known: _Snapshot | None = None
+        if len(layers) > 1:
+            known = vars(self)[SNAPSHOT]
+            if known.slots is not None and known.slots.serve(call):
+                return known.slots
+        name = self.slmops.row.attention
+        slots = _Slots.of(call, [layer._modules[name] for layer in layers])
+        if slots is None or known is None:
+            return slots
+        known.slots = _KeptSlots.of(call, slots, known)
+        return known.slots or slots
 
     def _parts(self, dtype: torch.dtype) -> list[Tensor] | None:
         """The layer's tensors in the order of `ops.LAYER_PARTS`; None if they are others now."""
@@ -284,34 +303,40 @@ class _Snapshot:
     def __init__(
         self, layers: tuple[FusedDecoderLayer, ...], dtype: torch.dtype, weights: list[Tensor]
     ) -> None:
-        self.layers, self.dtype, self.weights = layers, dtype, weights
+        self.layers, self.dtype, self.weights = layers, dtype, ops.Kept(weights)
+        self.slots: _KeptSlots | None = None
         everything = list(itertools.chain.from_iterable(layer.modules() for layer in layers))
         # A layer that is called itself calls its own hooks.
         passed_by = everything if len(layers) > 1 else everything[1:]
         self.own = [vars(m) for m in passed_by]
         self.blocks = [vars(m) for m in everything if isinstance(m, Fused)]
         self.hooks = [own[name] for own in self.own for name in HOOKS]
+        self.added = -1
         tables: Any = [(m._modules, m._parameters, m._buffers) for m in everything]
         self.tables = [table for table in itertools.chain.from_iterable(tables) if table]
-        self.objects = list(self._objects())
+        self.objects = list(itertools.chain.from_iterable(map(dict.values, self.tables)))
         count = len(ops.LAYER_PARTS)
         norms = [i for i, name in enumerate(ops.LAYER_PARTS) if name in _NORMS]
         self.norms = [weights[i + j] for i in range(0, len(weights), count) for j in norms]
         self.norms = [norm for norm in self.norms if norm is not _ABSENT]
 
-    def _objects(self) -> Iterator[Any]:
-        """All of them, and an end that is neither one more nor one less."""
-        objects = itertools.chain.from_iterable(map(dict.values, self.tables))
-        return itertools.chain(objects, (_ABSENT,))
+    def _is_unhooked(self) -> bool:
+        """Whether there are no hooks: each is looked at only after one was added anywhere."""
+        added = RemovableHandle.next_id
+        if added != self.added:
+            if any(self.hooks):
+                return False
+            self.added = added
+        return True
 
     def holds(self, layers: tuple[FusedDecoderLayer, ...], dtype: torch.dtype) -> bool:
         """Whether nothing has changed, and nobody looks at what the op passes by."""
         return (
             dtype == self.dtype
             and layers == self.layers
-            and not any(self.hooks)
-            and not any(map(operator.contains, self.own, itertools.repeat("forward")))
-            and all(map(operator.is_, self._objects(), self.objects))
+            and self._is_unhooked()
+            and _C.lack(self.own, "forward")
+            and _C.values_are(self.tables, self.objects)
             and {norm.dtype for norm in self.norms} <= {dtype}
             and not any(map(operator.itemgetter("training"), self.blocks))
         )
@@ -331,7 +356,7 @@ class _Slots:
     """Where a call's keys and values go: tensors of its layers, and how many keys they hold."""
 
     layers: list[Any]
-    tensors: list[Tensor]
+    tensors: Sequence[Tensor]
     start: Tensor
 
     @classmethod
@@ -386,3 +411,62 @@ class _Slots:
                 layer.advance(new)
             else:
                 layer.cumulative_length.add_(new)
+
+
+class _KeptSlots:
+    """Those of a run of layers, for the next calls too, as long as nothing else changes a cache."""
+
+    def __init__(self, x: Tensor, cache: Any, slots: _Slots) -> None:
+        memories = [vars(layer)[name] for layer in slots.layers for name in ("_keys", "_values")]
+        self.tensors = ops.Kept(slots.tensors)
+        self._used = int(slots.start)
+        self._free = min(memory.slots - memory.stop for memory in memories)
+        self._counts = [vars(memory) for memory in memories]
+        self._layers = list(cache.layers)
+        self._kind = self._kind_of(x)
+        self._changes = Memory.changes
+        self._cache: weakref.ref[Any] | None = None
+
+    @classmethod
+    def of(cls, call: _Call, slots: _Slots, snapshot: _Snapshot) -> _KeptSlots | None:
+        """None for layers that count in another way. `snapshot` lets go of it with the cache."""
+        from torch_slmops.cache import GrowingLayer, Int8Layer
+
+        cache = call.cache
+        if cache is None or not {GrowingLayer, Int8Layer}.issuperset(map(type, slots.layers)):
+            return None
+        made = cls(call.x, cache, slots)
+
+        def let_go(_: object) -> None:
+            if snapshot.slots is made:
+                snapshot.slots = None
+
+        made._cache = weakref.ref(cache, let_go)
+        return made
+
+    @staticmethod
+    def _kind_of(x: Tensor) -> tuple[object, ...]:
+        return x.shape[0], x.dtype, torch.is_inference_mode_enabled()
+
+    @property
+    def start(self) -> Tensor:
+        return torch.tensor(self._used)
+
+    def serve(self, call: _Call) -> bool:
+        """Whether the keys and values of `call` go here."""
+        cache: Any = None if self._cache is None else self._cache()
+        return (
+            cache is not None
+            and call.cache is cache
+            and Memory.changes == self._changes
+            and cache.layers == self._layers
+            and call.x.shape[1] <= self._free
+            and self._kind_of(call.x) == self._kind
+        )
+
+    def advance(self, new: int) -> None:
+        """Counts `new` keys as there."""
+        for own in self._counts:  # and not by attribute, which would note a change
+            own["stop"] += new
+        self._used += new
+        self._free -= new

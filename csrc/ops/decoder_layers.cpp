@@ -7,6 +7,7 @@
 
 #include "decoder_layer.h"
 #include "int8_heads.h"
+#include "kept.h"
 #include "text.h"
 
 namespace slmops {
@@ -81,8 +82,7 @@ CacheView cache_view(const char* argument, const Tensor& t, const LayerOptions& 
 struct LayerCache {
   CacheView keys, values;
 };
-LayerCache layer_cache(const std::vector<Tensor>& cache, size_t parts, size_t layer,
-                       const LayerOptions& o) {
+LayerCache layer_cache(const TensorList& cache, size_t parts, size_t layer, const LayerOptions& o) {
   const Tensor* tensors = &cache[parts * layer];
   if (parts == 2) {
     return {cache_view(kKeys, tensors[0], o), cache_view("values", tensors[1], o)};
@@ -114,14 +114,13 @@ std::optional<Tensor> cut_mask(const std::optional<Tensor>& mask, int64_t keys) 
   return torch::stable::narrow(all, 3, 0, keys);
 }
 
-Tensor decoder_layers(const Tensor& x, const std::vector<Tensor>& weights,
-                      const std::vector<Tensor>& cache, const Tensor& start,
-                      const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                      const std::optional<Tensor>& mask, const std::optional<Tensor>& position_ids,
-                      const std::vector<int64_t>& heads, int64_t head_dim, int64_t hidden,
-                      Text activation, double eps, double offset, bool cast_before_weight,
-                      double qk_eps, double qk_offset, bool interleaved, double scale,
-                      double softcap, double residual_multiplier) {
+Tensor decoder_layers(const Tensor& x, const TensorList& weights, const TensorList& cache,
+                      const Tensor& start, const std::optional<Tensor>& cos,
+                      const std::optional<Tensor>& sin, const std::optional<Tensor>& mask,
+                      const std::optional<Tensor>& position_ids, const std::vector<int64_t>& heads,
+                      int64_t head_dim, int64_t hidden, Text activation, double eps, double offset,
+                      bool cast_before_weight, double qk_eps, double qk_offset, bool interleaved,
+                      double scale, double softcap, double residual_multiplier) {
   const Activation function = parse_activation(kOp, activation.take());
   SLMOPS_CHECK(x.dim() == 3, kOp, ": expected x of shape (batch, length, k), got ", shape(x));
   SLMOPS_CHECK(!weights.empty() && weights.size() % kLayerParts == 0, kOp,
@@ -219,17 +218,39 @@ Tensor decoder_layers(const Tensor& x, const std::vector<Tensor>& weights,
   return out;
 }
 
+/// The same with lists that `_keep` has.
+Tensor kept_decoder_layers(const Tensor& x, int64_t weights, int64_t cache, const Tensor& start,
+                           const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                           const std::optional<Tensor>& mask,
+                           const std::optional<Tensor>& position_ids,
+                           const std::vector<int64_t>& heads, int64_t head_dim, int64_t hidden,
+                           Text activation, double eps, double offset, bool cast_before_weight,
+                           double qk_eps, double qk_offset, bool interleaved, double scale,
+                           double softcap, double residual_multiplier) {
+  return decoder_layers(x, *kept_list(kOp, weights), *kept_list(kOp, cache), start, cos, sin, mask,
+                        position_ids, heads, head_dim, hidden, activation, eps, offset,
+                        cast_before_weight, qk_eps, qk_offset, interleaved, scale, softcap,
+                        residual_multiplier);
+}
+
+// What follows the tensors of weights and cache.
+constexpr char kArguments[] =
+    "Tensor start, Tensor? cos, Tensor? sin, Tensor? mask, Tensor? position_ids, int[] "
+    "heads_q_k_v, int head_dim, int hidden, str activation, float eps, float offset, bool "
+    "cast_before_weight, float qk_eps, float qk_offset, bool interleaved, float scale, float "
+    "softcap=0.0, float residual_multiplier=1.0) -> Tensor";
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slmops, m) {
-  m.def(
-      "decoder_layers(Tensor x, Tensor[] weights, Tensor(a!)[] cache, Tensor start, Tensor? cos, "
-      "Tensor? sin, Tensor? mask, Tensor? position_ids, int[] heads_q_k_v, int head_dim, int "
-      "hidden, str activation, float eps, float offset, bool cast_before_weight, float qk_eps, "
-      "float qk_offset, bool interleaved, float scale, float softcap=0.0, float "
-      "residual_multiplier=1.0) -> Tensor");
+  const std::string arguments = kArguments;
+  m.def(("decoder_layers(Tensor x, Tensor[] weights, Tensor(a!)[] cache, " + arguments).c_str());
+  m.def(("_kept_decoder_layers(Tensor x, int weights, int cache, " + arguments).c_str());
 }
 
-STABLE_TORCH_LIBRARY_IMPL(slmops, CPU, m) { m.impl("decoder_layers", TORCH_BOX(&decoder_layers)); }
+STABLE_TORCH_LIBRARY_IMPL(slmops, CPU, m) {
+  m.impl("decoder_layers", TORCH_BOX(&decoder_layers));
+  m.impl("_kept_decoder_layers", TORCH_BOX(&kept_decoder_layers));
+}
 
 }  // namespace slmops

@@ -89,17 +89,100 @@ STABLE_TORCH_LIBRARY_IMPL(slmops, CompositeExplicitAutograd, m) {
 
 }  // namespace slmops
 
-// Nothing but Python calls PyInit__C; a program without Python, where this does not exist, loads
+// Nothing but Python calls PyInit__C; a program without Python, where none of this exists, loads
 // the library for its ops.
 #if defined(__GNUC__)
 #pragma weak PyModule_Create2
+#pragma weak PyArg_UnpackTuple
+#pragma weak PyBool_FromLong
+#pragma weak PyDict_Contains
+#pragma weak PyDict_Next
+#pragma weak PyErr_SetString
+#pragma weak PyExc_TypeError
+#pragma weak PyList_GetItem
+#pragma weak PyList_Size
+#pragma weak PyType_GetFlags
 #endif
 
 namespace {
+
+// Between two looks at a model its weights pass through the cache, and what is looked at is not in
+// there any more: asked for some objects ahead, it comes while others are looked at.
+constexpr Py_ssize_t kAhead = 16;
+
+void ask_for(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p);
+#else
+  static_cast<void>(p);
+#endif
+}
+
+/// Calls body(dict) for the dicts of a list until it is false. Returns that, or -1 with an
+/// exception set if the list is none of dicts.
+template <class Body>
+int for_dicts(PyObject* list, const Body& body) {
+  const Py_ssize_t count = PyList_Check(list) ? PyList_Size(list) : -1;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) ask_for(PyList_GetItem(list, i + kAhead));
+    PyObject* dict = PyList_GetItem(list, i);
+    if (!PyDict_Check(dict)) {
+      PyErr_SetString(PyExc_TypeError, "expected a list of dicts");
+      return -1;
+    }
+    const int go_on = body(dict);
+    if (go_on != 1) return go_on;
+  }
+  if (count >= 0) return 1;
+  PyErr_SetString(PyExc_TypeError, "expected a list of dicts");
+  return -1;
+}
+
+PyObject* truth(int found) { return found < 0 ? nullptr : PyBool_FromLong(found); }
+
+PyObject* values_are(PyObject* /*module*/, PyObject* arguments) {
+  PyObject *dicts, *objects;
+  if (!PyArg_UnpackTuple(arguments, "values_are", 2, 2, &dicts, &objects)) return nullptr;
+  if (!PyList_Check(objects)) {
+    PyErr_SetString(PyExc_TypeError, "expected a list of objects");
+    return nullptr;
+  }
+  const Py_ssize_t count = PyList_Size(objects);
+  Py_ssize_t seen = 0;
+  const int same = for_dicts(dicts, [&](PyObject* dict) {
+    Py_ssize_t position = 0;
+    PyObject* value;
+    while (PyDict_Next(dict, &position, nullptr, &value)) {
+      if (seen == count || PyList_GetItem(objects, seen++) != value) return 0;
+    }
+    return 1;
+  });
+  return truth(same == 1 ? seen == count : same);
+}
+
+PyObject* lack(PyObject* /*module*/, PyObject* arguments) {
+  PyObject *dicts, *key;
+  if (!PyArg_UnpackTuple(arguments, "lack", 2, 2, &dicts, &key)) return nullptr;
+  return truth(for_dicts(dicts, [&](PyObject* dict) {
+    const int there = PyDict_Contains(dict, key);
+    return there < 0 ? -1 : 1 - there;
+  }));
+}
+
+PyMethodDef methods[] = {
+    {"values_are", values_are, METH_VARARGS,
+     "values_are(dicts, objects): whether the values of a list of dicts, those of one after those "
+     "of another, are a list's objects."},
+    {"lack", lack, METH_VARARGS, "lack(dicts, key): whether none of a list of dicts has the key."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
 PyModuleDef definition = {.m_base = PyModuleDef_HEAD_INIT,
                           .m_name = "_C",
                           .m_doc = "Loading this module registers torch.ops.slmops.",
-                          .m_size = -1};
+                          .m_size = -1,
+                          .m_methods = methods};
+
 }  // namespace
 
 PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&definition); }

@@ -7,7 +7,7 @@ are `RuntimeError`s that say what was expected and what came, except where noted
 
 from torch_slmops.ops.attention import attention
 from torch_slmops.ops.common import refuse_gradient
-from torch_slmops.ops.decoder import LAYER_PARTS, decoder_layers
+from torch_slmops.ops.decoder import LAYER_PARTS, Kept, decoder_layers
 from torch_slmops.ops.fused import qkv_rotary, swiglu
 from torch_slmops.ops.int8_heads import int8_shape, read_int8, store_int8_
 from torch_slmops.ops.linear import embedding, linear
@@ -26,6 +26,7 @@ from torch_slmops.ops.weights import (
 __all__ = [
     "LAYER_PARTS",
     "Header",
+    "Kept",
     "add_rms_norm",
     "attention",
     "checksum",

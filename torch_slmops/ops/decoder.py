@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from torch_slmops.ops.common import OPS, check_gradient, fake, refuse_devices, same_device
 
-__all__ = ["LAYER_PARTS", "decoder_layers"]
+__all__ = ["LAYER_PARTS", "Kept", "decoder_layers"]
 
 # The tensors of a layer, in this order.
 LAYER_PARTS = (
@@ -27,6 +28,25 @@ LAYER_PARTS = (
     "down_bias",
     "post_mlp_norm",
 )
+
+
+class Kept(tuple[Tensor, ...]):
+    """Tensors for many calls of `decoder_layers`, which then get them at no cost for each."""
+
+    number: int
+
+    def __new__(cls, tensors: Sequence[Tensor]) -> Kept:
+        made = super().__new__(cls, tensors)
+        made.number = OPS._keep.default(list(tensors))
+        return made
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[list[Tensor]]]:
+        return Kept, (list(self),)
+
+    def __del__(self) -> None:
+        drop, number = getattr(OPS, "_drop", None), vars(self).get("number")
+        if drop is not None and number is not None:
+            drop.default(number)
 
 
 def decoder_layers(
@@ -89,10 +109,13 @@ def decoder_layers(
         [B, L, K] of the dtype of x, contiguous.
     """
     check_gradient("decoder_layers", x)
-    y: Tensor = OPS.decoder_layers.default(
+    parts: tuple[Any, Any] = weights, cache
+    op = OPS.decoder_layers.default
+    if isinstance(weights, Kept) and isinstance(cache, Kept):
+        parts, op = (weights.number, cache.number), OPS._kept_decoder_layers.default
+    y: Tensor = op(
         x,
-        weights,
-        cache,
+        *parts,
         start,
         cos,
         sin,
