@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def count(rows: int) -> int:
 class TestFile:
     def test_settings_come_back(self, cache: Path) -> None:
         assert tuning.load() is None
-        settings = Settings(2, 3, 4, 64, NEVER)
+        settings = Settings(2, 3, 4, 4096, 64, NEVER)
         assert tuning.save(settings) == cache
         assert tuning.load() == settings
         assert list(json.loads(cache.read_text())) == [tuning.key()]
@@ -172,7 +173,10 @@ class TestLimits:
         monkeypatch.setattr(machine, "fast_cores", lambda: fast)
         monkeypatch.setattr(machine, "physical_cores", lambda: physical)
         monkeypatch.setattr(machine, "cpus_of_quota", lambda: quota)
+        monkeypatch.setattr(machine, "cpu_family", lambda: ("AuthenticAMD", 25))
         assert tuning.default_settings() == expected
+        monkeypatch.setattr(machine, "cpu_family", lambda: ("AuthenticAMD", 26))
+        assert tuning.default_settings() == replace(expected, read_ahead=8192)
 
 
 def siblings(cpu: int) -> str:
@@ -232,6 +236,47 @@ class TestCores:
         assert machine.fast_cores() == 3
 
 
+class TestReadAhead:
+    @pytest.mark.parametrize("fmt", FORMATS, ids=str)
+    def test_same_bits(self, fmt: Any) -> None:
+        n, k = 96, 384
+        packed = random_packed(fmt, n, k)
+        inputs = [random_values("normal", (rows, k), seed=rows) for rows in (1, 2, 3)]
+        found = []
+        for bytes_ahead in (0, 64, 8192, 1 << 20):
+            torch.ops.slmops._set_read_ahead(bytes_ahead)
+            found.append([ops.linear(x, packed, n) for x in inputs])
+        for others in found[1:]:
+            for got, expected in zip(others, found[0], strict=True):
+                assert_same_bits(got, expected)
+
+    @pytest.mark.parametrize("value", [-1, (1 << 20) + 1, -(1 << 63)])
+    def test_other_numbers_are_refused(self, value: int) -> None:
+        torch.ops.slmops._set_read_ahead(64)
+        with pytest.raises(RuntimeError, match="number of bytes in 0"):
+            torch.ops.slmops._set_read_ahead(value)
+        assert torch.ops.slmops._read_ahead() == 64
+
+    def test_start_takes_the_file(self) -> None:
+        tuning.save(Settings(read_ahead=2048))
+        tuning.start()
+        assert torch.ops.slmops._read_ahead() == 2048
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n", ("AuthenticAMD", 26)),
+            ("processor\t: 0\nBogoMIPS\t: 2000.00\n", ("", 0)),  # Arm
+            ("", ("", 0)),
+        ],
+    )
+    def test_family(
+        self, text: str, expected: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(machine, "_read", lambda path: text)
+        assert machine.cpu_family() == expected
+
+
 def fake_times(seconds: Mapping[str, float]) -> Callable[..., Mapping[str, Timing]]:
     """What replaces the measuring: `seconds` of a choice, or of a choice at so many rows."""
 
@@ -254,6 +299,7 @@ class TestTune:
 
     def use(self, monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
         names = {f"t{n}": f"{n} threads" for n in (1, 2, 4)}
+        names |= {f"b{n}": f"{n} bytes" for n in (0, 2048, 4096, 8192, 16384)}
         names |= {"own": "own kernels", "torch": "torch"}
         times = {name: seconds.get(short, 1.0) for short, name in names.items()}
         monkeypatch.setattr(tune_module, "_timed", fake_times(times))
@@ -261,14 +307,19 @@ class TestTune:
     def test_the_fastest_is_used_and_kept(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        self.use(monkeypatch, t2=0.5, own=2.0)
+        self.use(monkeypatch, t2=0.5, b4096=0.5, own=2.0)
         found = torch_slmops.tune(progress=False)
-        assert found.settings == Settings(2, 2, 4, 8, 8)
+        assert found.settings == Settings(2, 2, 4, 4096, 8, 8)
         assert found.path == cache
         assert tuning.load() == found.settings
         assert (count(1), count(100)) == (2, 2)
+        assert torch.ops.slmops._read_ahead() == 4096
         used = [(m.what, m.choice) for m in found.measured if m.chosen]
-        assert used[:2] == [("decode", "2 threads"), ("prefill", "2 threads")]
+        assert used[:3] == [
+            ("decode", "2 threads"),
+            ("prefill", "2 threads"),
+            ("decode, read ahead", "4096 bytes"),
+        ]
         assert ("float_fast, int8, 64 rows", "torch") in used
         packed = random_packed(FORMATS[-2], 32, 32)
         assert torch.ops.slmops._uses_library(packed, 8) is False  # "float" never does
@@ -276,9 +327,10 @@ class TestTune:
     def test_the_default_stays_where_others_are_hardly_faster(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        self.use(monkeypatch, t2=0.98, own=1.02)
+        self.use(monkeypatch, t2=0.98, b16384=0.98, own=1.02)
         found = torch_slmops.tune(keep=False, progress=False)
-        assert found.settings == Settings(4, 4, 4, NEVER, NEVER)
+        default = tuning.default_settings().read_ahead
+        assert found.settings == Settings(4, 4, 4, default, NEVER, NEVER)
         assert found.path is None
         assert tuning.load() is None
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch_slmops import memory
 
 __all__ = [
+    "cpu_family",
     "cpu_name",
     "cpus_allowed",
     "cpus_of_quota",
@@ -55,6 +56,14 @@ def cpu_name() -> str:
             if found is not None:
                 return found.group(1).strip()
     return platform.processor() or platform.machine()
+
+
+def cpu_family() -> tuple[str, int]:
+    """Returns the vendor and family of /proc/cpuinfo, ("AuthenticAMD", 26) say; ("", 0) without."""
+    text = _read(Path("/proc/cpuinfo"))
+    vendor = re.search(r"^vendor_id\s*:\s*(\S+)$", text, re.MULTILINE)
+    family = re.search(r"^cpu family\s*:\s*(\d+)$", text, re.MULTILINE)
+    return ("", 0) if vendor is None or family is None else (vendor[1], int(family[1]))
 
 
 def cpus_allowed() -> int:

@@ -26,6 +26,7 @@ _WORTH = 1.03  # a choice other than the default has to be so much faster
 _WORTH_LEAVING = 1.15  # torch's product: the ops of whole layers are left for it
 _BYTES = 128 << 20  # read by a decode step, so that no cache holds them
 _PREFILL_ROWS = 256
+_READ_AHEAD = (0, 2048, 4096, 8192, 16384)
 _LIBRARY_ROWS = (8, 16, 32, 64, 128, 256, 512)
 _NEVER = 1 << 40
 _SIZE = (2048, 2048)  # of the weight where no model is given
@@ -36,8 +37,8 @@ class Measurement:
     """One choice, timed in turns with the others of its thing.
 
     Attributes:
-        what: "decode", "prefill" or "float_fast, n rows".
-        choice: "n threads", "own kernels" or "torch".
+        what: "decode", "prefill", "decode, read ahead" or "float_fast, n rows".
+        choice: "n threads", "n bytes", "own kernels" or "torch".
         microseconds: Of one product, the median.
         chosen: Whether it is in use from now on.
     """
@@ -78,10 +79,10 @@ def tune(
     """Measures what is fastest on this machine, puts it in use, and keeps it for later processes.
 
     Measured are the number of threads for decoding and for the prefill (up to torch's number at the
-    time), and from how many rows on activations "float_fast" go through torch's matrix product. A
-    number of threads other than torch's must be 3 % faster, torch's product 15 %. Other work on the
-    machine meanwhile would be measured too. The results of activations "int8" and "float" stay the
-    same bits.
+    time), how far ahead decoding asks memory for weights, and from how many rows on activations
+    "float_fast" go through torch's matrix product. What differs from the default must be 3 %
+    faster, torch's product 15 %. Other work on the machine meanwhile would be measured too. The
+    results of activations "int8" and "float" stay the same bits.
 
     The settings lie in `torch_slmops/tuning.json` in $XDG_CACHE_HOME (by default ~/.cache), for the
     CPU, its number of cores and this version; the import of the package reads them. The numbers of
@@ -105,7 +106,7 @@ def tune(
     start = time.perf_counter()
     weights = _own_weights() if model is None else _weights_of(model)
     candidates = thread_candidates(torch.get_num_threads())
-    steps = 2 * (len(candidates) > 1) + 2 * len(_LIBRARY_ROWS)
+    steps = 2 * (len(candidates) > 1) + 1 + 2 * len(_LIBRARY_ROWS)
     with progress_bar(steps, progress, "tuning") as advance, torch.inference_mode():
         try:
             timed = partial(_timed, seconds / steps)
@@ -170,8 +171,9 @@ def _weights_of(model: nn.Module) -> _Weights:
 def _measure(
     weights: _Weights, candidates: list[int], timed: Times, advance: Callable[[int], object]
 ) -> tuple[Settings, list[Measurement]]:
-    threads = candidates[0]
-    settings = Settings(torch_threads=threads)
+    threads, ahead = candidates[0], tuning.default_settings().read_ahead
+    settings = Settings(torch_threads=threads, read_ahead=ahead)
+    torch.ops.slmops._set_read_ahead(ahead)
     measured: list[Measurement] = []
     if len(candidates) > 1:
         for what, rows, field in (
@@ -184,6 +186,14 @@ def _measure(
             measured += _rows(what, times, best)
             settings = replace(settings, **{field: int(best.split()[0])})
             advance(1)
+    choices = sorted({ahead, *_READ_AHEAD}, key=lambda n: (n != ahead, n))
+    decode = settings.decode_threads or threads
+    calls = {f"{n} bytes": _product(weights, 1, decode, threads, n) for n in choices}
+    times = timed(calls)
+    best = fastest({name: time.median for name, time in times.items()})
+    measured += _rows("decode, read ahead", times, best)
+    settings = replace(settings, read_ahead=int(best.split()[0]))
+    advance(1)
     for bits, field in ((4, "int4_library_rows"), (8, "int8_library_rows")):
         found, more = _measure_library(weights.fast[bits], bits, settings, timed, advance)
         settings = replace(settings, **{field: found})
@@ -198,12 +208,16 @@ def fastest(seconds: Mapping[str, float]) -> str:
     return best if seconds[default] >= _WORTH * seconds[best] else default
 
 
-def _product(weights: _Weights, rows: int, threads: int, of: int) -> Callable[[int], object]:
+def _product(
+    weights: _Weights, rows: int, threads: int, of: int, ahead: int | None = None
+) -> Callable[[int], object]:
     """Products of `rows` rows with one weight after the other."""
     inputs = {k: torch.randn(rows, k).bfloat16() for _, _, k in weights.packed}
 
     def run(index: int) -> object:
         torch.ops.slmops._set_thread_limits(threads, threads, of)
+        if ahead is not None:
+            torch.ops.slmops._set_read_ahead(ahead)
         packed, n, k = weights.packed[index % len(weights.packed)]
         return torch.ops.slmops.linear(inputs[k], packed, n)
 

@@ -1,7 +1,7 @@
 """What `tune` found for this machine: kept in a file, put in use at import; defaults without it.
 
 Nothing here changes a result of activations "int8" or "float": only how many threads share a
-product, and from how many rows on "float_fast" goes through torch.
+product, how far ahead it reads, and from how many rows on "float_fast" goes through torch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from torch_slmops import machine
 
 __all__ = ["Settings", "apply", "cache_path", "default_settings", "key", "load", "save", "start"]
 
+# Measured (docs/performance.md): on Zen 5 a row then reads int4 weights up to 1.4 times as fast; on
+# Zen 4 asking ahead costs more than it brings.
+_ZEN5, _ZEN5_READ_AHEAD = 26, 8192
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _logger = logging.getLogger("torch_slmops")
 
@@ -35,6 +38,8 @@ class Settings:
         prefill_threads: Of more rows.
         torch_threads: The two hold while torch has so many threads: its number when it was tuned.
             Who calls `torch.set_num_threads` with another one has chosen, and is obeyed.
+        read_ahead: Bytes: a product of one or two rows asks memory for what stands so far behind
+            that which it reads; 0 leaves that to the CPU.
         int4_library_rows: Rows from which int4 weights with activations "float_fast" are multiplied
             by torch.
         int8_library_rows: Likewise int8 weights.
@@ -43,6 +48,7 @@ class Settings:
     decode_threads: int = 0
     prefill_threads: int = 0
     torch_threads: int = 0
+    read_ahead: int = 0
     int4_library_rows: int = 0
     int8_library_rows: int = 0
 
@@ -130,6 +136,7 @@ def apply(settings: Settings) -> None:
     torch.ops.slmops._set_thread_limits(
         settings.decode_threads, settings.prefill_threads, settings.torch_threads
     )
+    torch.ops.slmops._set_read_ahead(settings.read_ahead)
     torch.ops.slmops._set_library_rows(settings.int4_library_rows, settings.int8_library_rows)
 
 
@@ -138,14 +145,17 @@ def default_settings() -> Settings:
 
     These are the performance cores that this process may run on, one for each pair of
     hyperthreads, of the NUMA node that it runs on, and no more than a container's share of time.
+    AMD's CPUs from Zen 5 on are asked to read ahead.
     """
+    vendor, family = machine.cpu_family()
+    ahead = _ZEN5_READ_AHEAD if vendor == "AuthenticAMD" and family >= _ZEN5 else 0
     cores, threads = machine.fast_cores(), torch.get_num_threads()
     quota = machine.cpus_of_quota()
     if quota is not None:
         cores = min(cores, max(1, math.floor(quota)))
     if cores >= threads or threads < machine.physical_cores():  # torch's own number is no less
-        return Settings()
-    return Settings(cores, cores, threads)
+        return Settings(read_ahead=ahead)
+    return Settings(cores, cores, threads, ahead)
 
 
 def start() -> None:

@@ -56,7 +56,9 @@ struct LinearArgs {
               // first_row and output first_output
   DType out_type;
   int64_t out_stride, first_row, first_output;
-  uint8_t* scratch;  // scratch_bytes(format, rows of a call) of this thread, aligned to 64
+  uint8_t* scratch;        // scratch_bytes(format, rows of a call) of this thread, aligned to 64
+  int64_t read_ahead = 0;  // how many bytes after those it reads a pass of few rows asks for more;
+                           // 0: it does not
 };
 
 /// One weight row-block quantization job; definitions in docs/arithmetic.md, section "Choosing

@@ -22,7 +22,8 @@ inline void group_step(const Step& s) {
     if (s.end - s.begin > kShareRows) prefetch_share(s, row);
     const PassRows rows = s.rows_at(row, 0);
     group_pass<kBits, kZero>(*s.args.format, {s.chunk.lines, 0, 0}, s.chunk.count, half,
-                             LineDots<kBits>{rows.codes, rows.code_stride}, rows, acc);
+                             LineDots<kBits>{rows.codes, rows.code_stride, s.args.read_ahead}, rows,
+                             acc);
   });
 }
 
@@ -38,15 +39,15 @@ inline void sub16_step(const Step& s) {
     for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
       prefetch_share(s, row);
       const PassRows rows = s.expanded_rows_at(row, 0);
-      expanded_pass(f, lines, half, LineDots<8>{rows.codes, rows.code_stride}, rows, acc);
+      expanded_pass(f, lines, half, LineDots<8>{rows.codes, rows.code_stride, 0}, rows, acc);
     });
   } else if (f.act_group >= kSubBlock) {
     for_passes(begin, s.end, s.sums_at(begin), [&](auto& acc, int half, int64_t row) {
-      sub16_pass<true>(f, s.chunk, half, s.rows_at(row, 0), acc);
+      sub16_pass<true>(f, s.chunk, half, s.rows_at(row, 0), s.args.read_ahead, acc);
     });
   } else {
     for_passes(begin, s.end, s.sums_at(begin), [&](auto& acc, int half, int64_t row) {
-      sub16_pass<false>(f, s.chunk, half, s.rows_at(row, 0), acc);
+      sub16_pass<false>(f, s.chunk, half, s.rows_at(row, 0), s.args.read_ahead, acc);
     });
   }
 }

@@ -18,6 +18,15 @@ SLMOPS_INLINE void prefetch_ahead(const uint8_t* line) {
   if constexpr (kRows >= kPrefetchRows) prefetch(line + kPrefetchBytes);
 }
 
+/// Asks for `kCount` lines `ahead` bytes after those at `lines`, in a pass of fewer rows and if
+/// that is not 0.
+template <int kRows, int kCount>
+SLMOPS_INLINE void ask_ahead(const uint8_t* lines, int64_t ahead) {
+  if (kRows >= kPrefetchRows || ahead == 0) return;
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) prefetch(lines + ahead + i * kLineBytes);
+}
+
 /// What a unit's integer sums start from, so that they end as sum of code * (u - z), or code * u
 /// for a float z or an offset; plus `bias`.
 template <int kBits, ZeroKind kZero>
@@ -151,10 +160,11 @@ SLMOPS_INLINE void add_sub16(const uint8_t* block, int j, int half, const int8_t
 template <int kRows, int kLines>
 SLMOPS_INLINE void add_sub16_block(const uint8_t* block, int half, const int8_t* codes,
                                    int64_t stride, const int32_t* presets, int64_t preset_stride,
-                                   I32 (&sum)[kRows][kLines]) {
+                                   int64_t ahead, I32 (&sum)[kRows][kLines]) {
   Dot4 dot[4][kRows][kLines];
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
+    ask_ahead<kRows, 4>(block + 4 * j * kLineBytes, ahead);
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
 #pragma GCC unroll 2
@@ -170,6 +180,7 @@ SLMOPS_INLINE void add_sub16_block(const uint8_t* block, int half, const int8_t*
       }
     }
   }
+  ask_ahead<kRows, 1>(block + 16 * kLineBytes, ahead);
 #pragma GCC unroll 2
   for (int l = 0; l < kLines; ++l) {
 #pragma GCC unroll 4

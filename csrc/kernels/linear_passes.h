@@ -73,7 +73,7 @@ struct GroupWalk {
 template <int kBits>
 struct LineDots {
   const int8_t* codes;
-  int64_t stride;
+  int64_t stride, ahead;
 
   template <int kRows, int kLines>
   SLMOPS_INLINE void add(const uint8_t* lines, int half, int64_t k, int64_t unit,
@@ -81,6 +81,7 @@ struct LineDots {
     lines += half * kLineBytes;
     const int8_t* at = codes + k;
     for (const int8_t* end = at + unit; at < end; lines += 8 * kLineBytes) {
+      ask_ahead<kRows, 8>(lines, ahead);
       if constexpr (kBits == 4) {
         add_int4<kRows, kLines>(lines, at, stride, sum);
         at += 32;
@@ -159,7 +160,7 @@ SLMOPS_INLINE void group_pass(const Format& f, GroupWalk walk, int64_t end, int 
 /// whole 64-k blocks or, where it is 32 long, half a one.
 template <bool kWholeBlocks, int kRows, int kLines>
 SLMOPS_INLINE void sub16_pass(const Format& f, const Chunk& chunk, int half, const PassRows& rows,
-                              F32 (&acc)[kRows][kLines]) {
+                              int64_t ahead, F32 (&acc)[kRows][kLines]) {
   constexpr int kGroups = kWholeBlocks ? 4 : 2;
   const int8_t* codes = rows.codes;
   const int32_t* presets = rows.presets;
@@ -176,7 +177,7 @@ SLMOPS_INLINE void sub16_pass(const Format& f, const Chunk& chunk, int half, con
     for (const int8_t* end = codes + f.act_group; codes < end; codes += kGroups * kSubGroup) {
       if constexpr (kWholeBlocks && kRows <= kSubBlockRows) {
         add_sub16_block<kRows, kLines>(block, half, codes, rows.code_stride, presets,
-                                       rows.preset_stride, sum);
+                                       rows.preset_stride, ahead, sum);
       } else {
 #pragma GCC unroll 4
         for (int j = 0; j < kGroups; ++j) {

@@ -61,7 +61,8 @@ LinearArgs linear_args(const Format& f, const uint8_t* packed, const SlabActivat
           .out_stride = 0,
           .first_row = 0,
           .first_output = 0,
-          .scratch = nullptr};
+          .scratch = nullptr,
+          .read_ahead = tuned_read_ahead.load(std::memory_order_relaxed)};
 }
 
 int64_t most_block_rows(int64_t rows) { return std::min(rows, kMostBlockRows); }

@@ -5,6 +5,7 @@
 // row and tile alone.
 #pragma once
 #include <algorithm>
+#include <atomic>
 
 #include "../isa/isa.h"
 #include "check.h"
@@ -49,6 +50,10 @@ inline SourceRows rows_from(SourceRows src, int64_t row) {
   src.x = static_cast<const uint8_t*>(src.x) + row * src.stride * size_of(src.type);
   return src;
 }
+
+/// LinearArgs::read_ahead of all products, as torch_slmops.tuning set it.
+inline std::atomic<int64_t> tuned_read_ahead{0};
+constexpr int64_t kMostReadAhead = 1 << 20;
 
 /// A weight with its activations and no bias, outputs in fp32; the caller sets what differs.
 LinearArgs linear_args(const Format& f, const uint8_t* packed, const SlabActivations& x);
