@@ -324,7 +324,7 @@ def massive_activations(table: Table) -> None:
 
 
 def other_codes(table: Table) -> None:
-    codes.table(table.original, COLUMNS, lambda model: table.measure(model)[1])
+    codes.table(table.original, COLUMNS, lambda model: table.measure(model)[1], table.calibration)
 
 
 def sentence_encoder(table: Table) -> None:

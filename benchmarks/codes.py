@@ -3,7 +3,9 @@
 A study of formats that no kernel computes. Every linear layer gets the values that its codes would
 stand for, `scale * table[code]`, and the float model runs on them; embedding and head are int8 as
 `optimize` packs them. The first two rows are the project's own formats, by its own quantizer; the
-others are chosen by one search, which is given sub16's shape as well. All are without calibration.
+others are chosen by one search, which is given sub16's shape as well. A second table has some of
+them calibrated: scales by the mean squares of the inputs, codes by error feedback, as `optimize`
+does.
 
 Tables have 16 entries. `uniform` is -8..7; `NF4` is that of QLoRA (arXiv 2305.14314); `fitted` are
 those of least squared error, one for all layers or one for each. Entries other than uniform's are
@@ -15,13 +17,17 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 import torch_slmops
+from benchmarks.recorded import BATCH
+from torch_slmops.feedback import Factor, factorize
 from torch_slmops.weights import quantize_weight
 
 UNIFORM = torch.arange(-8.0, 8.0)
@@ -92,8 +98,15 @@ def _reciprocal(x: Tensor) -> Tensor:
     return torch.where(x == 0, 0.0, 1 / x)
 
 
-def group_scales(x: Tensor, table: Tensor, signed: bool) -> Tensor:
-    """Scales [N, G] of groups [N, G, size] by the least squared error of several."""
+def group_scales(x: Tensor, table: Tensor, signed: bool, importance: Tensor) -> Tensor:
+    """Scales [N, G] of groups [N, G, size] by the least squared error of several.
+
+    Args:
+        x: The weights.
+        table: Of codes.
+        signed: Whether scales may be negative.
+        importance: Of each input, [G, size] or anything that fits.
+    """
     amax = x.abs().amax(-1).clamp_min(TINY)
     y = x / amax[..., None]
     best, found = torch.zeros_like(amax), torch.zeros_like(amax)
@@ -101,7 +114,7 @@ def group_scales(x: Tensor, table: Tensor, signed: bool) -> Tensor:
         top = float(table.abs().max()) * ratio
         for divisor in (top, -top) if signed else (top,):
             value = table[nearest(y * divisor, table)]
-            along, square = (y * value).sum(-1), value.square().sum(-1)
+            along, square = (y * value * importance).sum(-1), (value * value * importance).sum(-1)
             scale = along * _reciprocal(square)
             better = along * scale > best
             best = torch.where(better, along * scale, best)
@@ -109,7 +122,7 @@ def group_scales(x: Tensor, table: Tensor, signed: bool) -> Tensor:
     return found * amax
 
 
-def sub_scales(x: Tensor, s: Tensor, table: Tensor, scales: Scales) -> Tensor:
+def sub_scales(x: Tensor, s: Tensor, table: Tensor, scales: Scales, importance: Tensor) -> Tensor:
     """Scales [N, G] near `s` that are multiples of one number per row, by squared error."""
     most = scales.most or (1 << (scales.bits - scales.signed)) - 1
     least = -most - 1 if scales.signed else 0
@@ -121,7 +134,7 @@ def sub_scales(x: Tensor, s: Tensor, table: Tensor, scales: Scales) -> Tensor:
         unit = largest / ratio
         middle = torch.round(s * _reciprocal(unit))
         options = [(middle + step).clamp(least, most) * unit for step in (0, -1, 1)]
-        errors = torch.stack([_error(x, option, table) for option in options])
+        errors = torch.stack([_error(x, option, table, importance) for option in options])
         error, which = errors.min(0)
         chosen = torch.stack(options).gather(0, which[None])[0]
         total = error.sum(1, keepdim=True)
@@ -130,20 +143,68 @@ def sub_scales(x: Tensor, s: Tensor, table: Tensor, scales: Scales) -> Tensor:
     return found
 
 
-def _error(x: Tensor, s: Tensor, table: Tensor) -> Tensor:
-    return (_rounded(x, s, table) - x).square().sum(-1)
+def _error(x: Tensor, s: Tensor, table: Tensor, importance: Tensor) -> Tensor:
+    return ((_rounded(x, s, table) - x).square() * importance).sum(-1)
 
 
 def _rounded(x: Tensor, s: Tensor, table: Tensor) -> Tensor:
     return table[nearest(x * _reciprocal(s)[..., None], table)] * s[..., None]
 
 
+def scales_of(w: Tensor, table: Tensor, scales: Scales, mean_square: Tensor | None) -> Tensor:
+    """Scales [N, G] of a weight [N, K], by its inputs' mean squares [K] if these are given."""
+    x = w.unflatten(1, (-1, scales.size))
+    importance = torch.ones(())
+    if mean_square is not None:
+        importance = mean_square.clamp_min(TINY).unflatten(0, (-1, scales.size))
+    s = group_scales(x, table, scales.signed, importance)
+    return s.half().float() if scales.bits == 16 else sub_scales(x, s, table, scales, importance)
+
+
 def round_weight(w: Tensor, table: Tensor, scales: Scales) -> Tensor:
     """What a weight [N, K] becomes in codes of `table` with `scales`; K a multiple of the group."""
-    x = w.unflatten(1, (-1, scales.size))
-    s = group_scales(x, table, scales.signed)
-    s = s.half().float() if scales.bits == 16 else sub_scales(x, s, table, scales)
-    return _rounded(x, s, table).flatten(1)
+    s = scales_of(w, table, scales, None)
+    return _rounded(w.unflatten(1, (-1, scales.size)), s, table).flatten(1)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a layer gets: the mean square of each input, [K], and the factor of their moments."""
+
+    mean_square: Tensor
+    factor: Factor
+
+
+def inputs_of(original: nn.Module, windows: Tensor) -> dict[str, Inputs]:
+    """Those of the linear layers while the model reads windows of tokens, by name."""
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, module: nn.Module, args: tuple[Tensor]) -> None:
+        rows = args[0].flatten(0, -2)
+        sums[name] = sums.get(name, 0) + rows.t() @ rows
+
+    layers = linear_layers(original).items()
+    hooks = [m.register_forward_pre_hook(functools.partial(add, name)) for name, m in layers]
+    with torch.no_grad():
+        for batch in windows.split(BATCH):
+            original(batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    moments = {name: total / windows.numel() for name, total in sums.items()}
+    return {name: Inputs(h.diagonal().clone(), factorize(h)) for name, h in moments.items()}
+
+
+def round_with_feedback(w: Tensor, inputs: Inputs, table: Tensor, scales: Scales) -> Tensor:
+    """As `round_weight`, each input making up for the errors of those before; see feedback.py."""
+    steps = scales_of(w, table, scales, inputs.mean_square)
+    wanted = w.t().double()[inputs.factor.order]
+    error, found = torch.zeros_like(wanted), torch.empty_like(w.t())
+    for i, k in enumerate(inputs.factor.order.tolist()):
+        target = wanted[i] + inputs.factor.ratio[:i, i] @ error[:i]
+        step = steps[:, k // scales.size]
+        found[k] = _rounded(target.float()[:, None], step, table)[:, 0]
+        error[i] = wanted[i] - found[k].double()
+    return found.t()
 
 
 def fit(weights: Sequence[Tensor], size: int, signed: bool) -> Tensor:
@@ -157,7 +218,7 @@ def fit(weights: Sequence[Tensor], size: int, signed: bool) -> Tensor:
     )
     table = nf4()
     for _ in range(ROUNDS):
-        s = group_scales(x, table, signed)[..., None]
+        s = group_scales(x, table, signed, torch.ones(()))[..., None]
         codes = nearest(x * _reciprocal(s), table).flatten()
         along = torch.bincount(codes, (x * s).flatten(), 16)
         square = torch.bincount(codes, s.square().expand_as(x).flatten(), 16)
@@ -167,6 +228,7 @@ def fit(weights: Sequence[Tensor], size: int, signed: bool) -> Tensor:
 
 
 Rounding = Callable[[Tensor], Tensor]
+Roundings: TypeAlias = Rounding | dict[str, Rounding]
 
 
 def own(scale_kind: str) -> Rounding:
@@ -181,7 +243,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in layers if m is not output}
 
 
-def rounded(original: nn.Module, rounding: Rounding | dict[str, Rounding]) -> nn.Module:
+def rounded(original: nn.Module, rounding: Roundings) -> nn.Module:
     """A float model with rounded layers; embedding and head are those of `optimize`.
 
     Args:
@@ -206,7 +268,7 @@ def signal_to_noise(original: nn.Module, model: nn.Module) -> float:
     return float(10 * torch.stack(ratios).log10().mean())
 
 
-def formats(original: nn.Module) -> Iterator[tuple[str, float, Rounding | dict[str, Rounding]]]:
+def formats(original: nn.Module) -> Iterator[tuple[str, float, Roundings]]:
     """Name, bits per weight and rounding of each row of the table."""
     yield "int4 sub16", 4.25, own("sub16")
     yield "int4 group 32", 4.5, own("group")
@@ -239,14 +301,39 @@ def formats(original: nn.Module) -> Iterator[tuple[str, float, Rounding | dict[s
             yield f"{kind}, {told}", scales.bits_per_weight, each
 
 
+def calibrated(original: nn.Module, windows: Tensor) -> Iterator[tuple[str, float, Roundings]]:
+    """Those of the second table, in the shape of sub16; calibrated on windows of tokens."""
+    weights = {name: layer.weight.detach() for name, layer in linear_layers(original).items()}
+    inputs = inputs_of(original, windows)
+    scales = SCALES["4 bits per 16"]
+    tables = {
+        "uniform": (UNIFORM, scales),
+        "-9..10": (as_integers(torch.tensor(SMALL), max(SMALL)), SMALL_SCALES),
+        "NF4": (nf4(), scales),
+        "fitted": (as_integers(fit(list(weights.values()), scales.size, scales.signed)), scales),
+    }
+    for name, (entries, shape) in tables.items():
+        each: dict[str, Rounding] = {
+            layer: functools.partial(
+                round_with_feedback, inputs=inputs[layer], table=entries, scales=shape
+            )
+            for layer in weights
+        }
+        yield f"{name}, calibrated", shape.bits_per_weight, each
+
+
 def table(
-    original: nn.Module, columns: Sequence[str], measure: Callable[[nn.Module], Sequence[str]]
+    original: nn.Module,
+    columns: Sequence[str],
+    measure: Callable[[nn.Module], Sequence[str]],
+    windows: Tensor | None = None,
 ) -> None:
     """Prints a row per format: bits, the weights' noise, and what `measure` says of the model."""
     print("\nOther 4-bit codes; embedding and head int8, float activations\n")
     print(f"| format | bits per weight | weights, dB | {' | '.join(columns)} |")
     print("|---" * (3 + len(columns)) + "|", flush=True)
-    for name, bits, rounding in formats(original):
+    more = () if windows is None else calibrated(original, windows)
+    for name, bits, rounding in itertools.chain(formats(original), more):
         model = rounded(original, rounding)
         noise = signal_to_noise(original, model)
         cells = (name, f"{bits:g}", f"{noise:.2f}", *measure(model))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tests.bits import assert_same_bits
 from torch_slmops import dequantize, optimize
+from torch_slmops.feedback import factorize
 from torch_slmops.weights import quantize_weight
 
 pytest.importorskip("transformers")
@@ -57,9 +58,7 @@ def test_sub_scales_are_as_many_as_their_bits_allow(told: str) -> None:
     scales = codes.SCALES[told]
     w = weight(k=8192)
     w[5] = 0
-    x = w.unflatten(1, (-1, scales.size))
-    s = codes.group_scales(x, codes.UNIFORM, scales.signed)
-    found = codes.sub_scales(x, s, codes.UNIFORM, scales)
+    found = codes.scales_of(w, codes.UNIFORM, scales, None)
     assert max(len(row.unique()) for row in found) <= 1 << scales.bits
     assert bool((found < 0).any()) == scales.signed
     made = codes.round_weight(w, codes.UNIFORM, scales)
@@ -104,8 +103,7 @@ def test_small_integers_are_exact_in_int8_and_int16() -> None:
     made = codes.round_weight(w, table, codes.SMALL_SCALES)
     uniform = codes.round_weight(w, codes.UNIFORM, codes.SCALES["4 bits per 16"])
     assert error(w, made) < 0.95 * error(w, uniform)
-    x = w.unflatten(1, (-1, 16))
-    s = codes.sub_scales(x, codes.group_scales(x, table, signed=False), table, codes.SMALL_SCALES)
+    s = codes.scales_of(w, table, codes.SMALL_SCALES, None)
     assert max(len(row.unique()) for row in s) <= most + 1
 
 
@@ -141,3 +139,41 @@ def test_noise_is_the_mean_over_layers_in_db() -> None:
             a.weight.fill_(1.0)
             b.weight.fill_(1.0 + off)
     assert codes.signal_to_noise(one, two) == pytest.approx(30, abs=0.1)
+
+
+def test_feedback_without_correlations_is_rounding() -> None:
+    w, scales = weight(k=256), codes.SCALES["4 bits per 16"]
+    plain = codes.Inputs(torch.ones(256), factorize(torch.eye(256)))
+    made = codes.round_with_feedback(w, plain, codes.nf4(), scales)
+    assert_same_bits(made.contiguous(), codes.round_weight(w, codes.nf4(), scales))
+
+
+def test_feedback_makes_up_for_errors() -> None:
+    w, scales = weight(k=256), codes.SCALES["4 bits per 16"]
+    inputs = torch.randn(4096, 16, generator=torch.Generator().manual_seed(5)) @ torch.randn(
+        16, 256
+    )
+    h = inputs.t() @ inputs / 4096 + 0.1 * torch.eye(256)
+    known = codes.Inputs(h.diagonal().clone(), factorize(h))
+    errors = [
+        float(((made - w) @ h * (made - w)).sum())
+        for made in (
+            codes.round_weight(w, codes.nf4(), scales),
+            codes.round_with_feedback(w, known, codes.nf4(), scales),
+        )
+    ]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_inputs_are_those_of_the_layers() -> None:
+    original = quickstart.load_model()
+    windows = torch.arange(96).view(3, 32)
+    seen: list[Tensor] = []
+    layer = original.model.layers[1].mlp.down_proj
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    found = codes.inputs_of(original, windows)
+    handle.remove()
+    assert found.keys() == codes.linear_layers(original).keys()
+    rows = torch.cat(seen).flatten(0, 1)
+    expected = rows.square().mean(0)
+    torch.testing.assert_close(found["model.layers.1.mlp.down_proj"].mean_square, expected)

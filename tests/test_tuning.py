@@ -241,7 +241,7 @@ class TestReadAhead:
     def test_same_bits(self, fmt: Any) -> None:
         n, k = 96, 384
         packed = random_packed(fmt, n, k)
-        inputs = [random_values("normal", (rows, k), seed=rows) for rows in (1, 2, 3)]
+        inputs = [random_values("normal", (rows, k), seed=rows) for rows in (1, 2, 3, 5, 40)]
         found = []
         for bytes_ahead in (0, 64, 8192, 1 << 20):
             torch.ops.slmops._set_read_ahead(bytes_ahead)

@@ -22,7 +22,7 @@ from torch_slmops import machine
 
 __all__ = ["Settings", "apply", "cache_path", "default_settings", "key", "load", "save", "start"]
 
-# Measured (docs/performance.md): on Zen 5 a row then reads int4 weights up to 1.4 times as fast; on
+# Measured (docs/performance.md): on Zen 5 products of few rows become up to 1.5 times as fast; on
 # Zen 4 asking ahead costs more than it brings.
 _ZEN5, _ZEN5_READ_AHEAD = 26, 8192
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -38,8 +38,8 @@ class Settings:
         prefill_threads: Of more rows.
         torch_threads: The two hold while torch has so many threads: its number when it was tuned.
             Who calls `torch.set_num_threads` with another one has chosen, and is obeyed.
-        read_ahead: Bytes: a product of one or two rows asks memory for what stands so far behind
-            that which it reads; 0 leaves that to the CPU.
+        read_ahead: Bytes: a product of few rows asks memory for what stands so far behind that
+            which it reads; 0 leaves that to the CPU.
         int4_library_rows: Rows from which int4 weights with activations "float_fast" are multiplied
             by torch.
         int8_library_rows: Likewise int8 weights.

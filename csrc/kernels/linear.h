@@ -21,9 +21,9 @@ inline void group_step(const Step& s) {
   for_passes(begin, s.end, s.sums_at(begin), [&](auto& acc, int half, int64_t row) {
     if (s.end - s.begin > kShareRows) prefetch_share(s, row);
     const PassRows rows = s.rows_at(row, 0);
+    const int64_t ahead = s.ahead<kBits, sizeof(acc) / sizeof(acc[0])>();
     group_pass<kBits, kZero>(*s.args.format, {s.chunk.lines, 0, 0}, s.chunk.count, half,
-                             LineDots<kBits>{rows.codes, rows.code_stride, s.args.read_ahead}, rows,
-                             acc);
+                             LineDots<kBits>{rows.codes, rows.code_stride, ahead}, rows, acc);
   });
 }
 
@@ -43,11 +43,13 @@ inline void sub16_step(const Step& s) {
     });
   } else if (f.act_group >= kSubBlock) {
     for_passes(begin, s.end, s.sums_at(begin), [&](auto& acc, int half, int64_t row) {
-      sub16_pass<true>(f, s.chunk, half, s.rows_at(row, 0), s.args.read_ahead, acc);
+      const int64_t ahead = s.ahead<4, sizeof(acc) / sizeof(acc[0])>();
+      sub16_pass<true>(f, s.chunk, half, s.rows_at(row, 0), ahead, acc);
     });
   } else {
     for_passes(begin, s.end, s.sums_at(begin), [&](auto& acc, int half, int64_t row) {
-      sub16_pass<false>(f, s.chunk, half, s.rows_at(row, 0), s.args.read_ahead, acc);
+      const int64_t ahead = s.ahead<4, sizeof(acc) / sizeof(acc[0])>();
+      sub16_pass<false>(f, s.chunk, half, s.rows_at(row, 0), ahead, acc);
     });
   }
 }

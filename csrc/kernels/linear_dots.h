@@ -8,23 +8,23 @@
 namespace slmops::SLMOPS_ISA {
 namespace {
 
-/// How far ahead of its reads a pass of several rows asks for int4 lines: it takes so long over
-/// each that the hardware's own prefetching lags behind (Zen 4, 4 rows: 16 % of the time).
+/// Passes of so many rows ask for int4 lines ahead of reading them on any CPU: they take so long
+/// over each that the hardware's own prefetching lags behind (Zen 4, 4 rows: 16 % of the time).
+constexpr int kPrefetchRows = 3;
 constexpr int64_t kPrefetchBytes = 2048;
-constexpr int kPrefetchRows = 3;  // with fewer rows a request costs more than it brings
 
-template <int kRows>
-SLMOPS_INLINE void prefetch_ahead(const uint8_t* line) {
-  if constexpr (kRows >= kPrefetchRows) prefetch(line + kPrefetchBytes);
-}
-
-/// Asks for `kCount` lines `ahead` bytes after those at `lines`, in a pass of fewer rows and if
-/// that is not 0.
-template <int kRows, int kCount>
+/// Asks for `kCount` lines `ahead` bytes after those at `lines`; not if that is 0.
+template <int kCount>
 SLMOPS_INLINE void ask_ahead(const uint8_t* lines, int64_t ahead) {
-  if (kRows >= kPrefetchRows || ahead == 0) return;
+  if (ahead == 0) return;
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) prefetch(lines + ahead + i * kLineBytes);
+}
+
+/// The same of one line, where bytes_ahead is never 0; with fewer rows ask_ahead is for several.
+template <int kRows>
+SLMOPS_INLINE void ask_always(const uint8_t* line, int64_t ahead) {
+  if constexpr (kRows >= kPrefetchRows) prefetch(line + ahead);
 }
 
 /// What a unit's integer sums start from, so that they end as sum of code * (u - z), or code * u
@@ -47,7 +47,8 @@ constexpr bool has_small_sums(int64_t unit) { return kSumBias != 0 && unit <= 12
 /// Adds 32 k of int4 lines to the sums.
 template <int kRows, int kLines>
 SLMOPS_INLINE void add_int4(const uint8_t* lines, const int8_t* codes, int64_t stride,
-                            I32 (&sum)[kRows][kLines]) {
+                            int64_t ahead, I32 (&sum)[kRows][kLines]) {
+  if constexpr (kRows < kPrefetchRows) ask_ahead<8>(lines, ahead);
   Dot4 dot[kRows][kLines];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -67,7 +68,7 @@ SLMOPS_INLINE void add_int4(const uint8_t* lines, const int8_t* codes, int64_t s
 #pragma GCC unroll 2
     for (int l = 0; l < kLines; ++l) {
       const uint8_t* line = lines + j * 2 * kLineBytes + l * kLineBytes;
-      prefetch_ahead<kRows>(line);
+      ask_always<kRows>(line, ahead);
       const Line both = load_line(line);
       low[l] = low_nibbles(both);
       high[l] = high_nibbles(both);
@@ -92,7 +93,8 @@ SLMOPS_INLINE void add_int4(const uint8_t* lines, const int8_t* codes, int64_t s
 /// Adds 16 k of int8 lines to the sums.
 template <int kRows, int kLines>
 SLMOPS_INLINE void add_int8(const uint8_t* lines, const int8_t* codes, int64_t stride,
-                            I32 (&sum)[kRows][kLines]) {
+                            int64_t ahead, I32 (&sum)[kRows][kLines]) {
+  if constexpr (kLines == 2) ask_ahead<8>(lines, ahead);
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     if constexpr (kDotsByRows) {  // a line at a time, for few registers
@@ -123,13 +125,14 @@ SLMOPS_INLINE void add_int8(const uint8_t* lines, const int8_t* codes, int64_t s
 template <int kRows, int kLines>
 SLMOPS_INLINE void add_sub16(const uint8_t* block, int j, int half, const int8_t* codes,
                              int64_t stride, const int32_t* presets, int64_t preset_stride,
-                             I32 (&sum)[kRows][kLines]) {
+                             int64_t ahead, I32 (&sum)[kRows][kLines]) {
+  if constexpr (kRows < kPrefetchRows) ask_ahead<4>(block + j * 4 * kLineBytes, ahead);
   // A line at a time: four of them unpacked are half of the registers of AVX2.
 #pragma GCC unroll 2
   for (int l = 0; l < kLines; ++l) {
     const uint8_t* lines = block + j * 4 * kLineBytes + (half + l) * kLineBytes;
-    prefetch_ahead<kRows>(lines);
-    prefetch_ahead<kRows>(lines + 2 * kLineBytes);
+    ask_always<kRows>(lines, ahead);
+    ask_always<kRows>(lines + 2 * kLineBytes, ahead);
     if constexpr (kDotsByRows) {
       Dot4 dot[kRows][1];
 #pragma GCC unroll 8
@@ -164,7 +167,7 @@ SLMOPS_INLINE void add_sub16_block(const uint8_t* block, int half, const int8_t*
   Dot4 dot[4][kRows][kLines];
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    ask_ahead<kRows, 4>(block + 4 * j * kLineBytes, ahead);
+    ask_ahead<4>(block + 4 * j * kLineBytes, ahead);
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
 #pragma GCC unroll 2
@@ -180,7 +183,7 @@ SLMOPS_INLINE void add_sub16_block(const uint8_t* block, int half, const int8_t*
       }
     }
   }
-  ask_ahead<kRows, 1>(block + 16 * kLineBytes, ahead);
+  ask_ahead<1>(block + 16 * kLineBytes, ahead);
 #pragma GCC unroll 2
   for (int l = 0; l < kLines; ++l) {
 #pragma GCC unroll 4

@@ -81,12 +81,11 @@ struct LineDots {
     lines += half * kLineBytes;
     const int8_t* at = codes + k;
     for (const int8_t* end = at + unit; at < end; lines += 8 * kLineBytes) {
-      ask_ahead<kRows, 8>(lines, ahead);
       if constexpr (kBits == 4) {
-        add_int4<kRows, kLines>(lines, at, stride, sum);
+        add_int4<kRows, kLines>(lines, at, stride, ahead, sum);
         at += 32;
       } else {
-        add_int8<kRows, kLines>(lines, at, stride, sum);
+        add_int8<kRows, kLines>(lines, at, stride, ahead, sum);
         at += 16;
       }
     }
@@ -182,7 +181,7 @@ SLMOPS_INLINE void sub16_pass(const Format& f, const Chunk& chunk, int half, con
 #pragma GCC unroll 4
         for (int j = 0; j < kGroups; ++j) {
           add_sub16<kRows, kLines>(block, first + j, half, codes + j * kSubGroup, rows.code_stride,
-                                   presets + j, rows.preset_stride, sum);
+                                   presets + j, rows.preset_stride, ahead, sum);
         }
       }
       presets += kGroups;

@@ -80,6 +80,13 @@ struct Step {
   int64_t k, act_group, unit;                            // the chunk's first
   int64_t act_groups, presets_per_row, presets_per_act;  // of a whole row, of an activation group
 
+  /// How far ahead of its reads a pass of kRows rows asks for lines; 0: it does not. What several
+  /// passes read is in the cache.
+  template <int kBits, int kRows>
+  SLMOPS_INLINE int64_t ahead() const {
+    const int64_t chosen = end - begin <= kStreamRows ? args.read_ahead : 0;
+    return kBits == 4 && kRows >= kPrefetchRows && chosen == 0 ? kPrefetchBytes : chosen;
+  }
   SLMOPS_INLINE float* sums_at(int64_t row) const { return sums + (row - begin) * kTile; }
   /// Rows from `row` on, beginning `later` activation groups after the chunk.
   SLMOPS_INLINE PassRows rows_at(int64_t row, int64_t later) const {
