@@ -95,8 +95,8 @@ def test_wheel_is_abi3_and_complete(wheel: Path) -> None:
     assert wheel.name == f"torch_slmops-{version}-cp310-abi3-linux_{platform.machine()}.whl"
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     package = ROOT / "torch_slmops"
-    expected = [*package.rglob("*.py"), *package.rglob("*.pyi"), package / "py.typed"]
-    expected.append(package / "_C.abi3.so")
+    kinds = ("*.py", "*.pyi", "*.txt", "py.typed", "_C.abi3.so")
+    expected = [file for kind in kinds for file in package.rglob(kind)]
     assert files == {str(file.relative_to(ROOT)) for file in expected}
 
 
