@@ -5,13 +5,33 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import attention, engines, float_fast, fused, loading, lookup, norms, ops
+from benchmarks import (
+    attention,
+    engines,
+    float_fast,
+    fused,
+    loading,
+    lookup,
+    norms,
+    ops,
+    read_ahead,
+)
 from torch_slmops.bench.shapes import MODELS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parts = ("ops", "float_fast", "attention", "norms", "fused", "engines", "lookup", "loading")
+    parts = (
+        "ops",
+        "read_ahead",
+        "float_fast",
+        "attention",
+        "norms",
+        "fused",
+        "engines",
+        "lookup",
+        "loading",
+    )
     parser.add_argument("what", choices=(*parts, "all"), nargs="?", default="all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -33,6 +53,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.what in ("ops", "all"):
         ops.run(args.output, budget=args.budget, threads=args.threads, full=args.full)
+    if args.what in ("read_ahead", "all"):
+        read_ahead.run(args.output, budget=min(args.budget, 2.0), threads=args.threads)
     if args.what in ("float_fast", "all"):
         float_fast.run(args.output, budget=args.budget, threads=args.threads)
     if args.what in ("attention", "all"):

@@ -91,11 +91,17 @@ class TestFile:
             assert tuning.load() is None
         assert ("tune again" in caplog.text) == (found is not None)
 
-    @pytest.mark.parametrize("value", [-1, 1.5, True, "2", None])
-    def test_values_of_other_kinds_are_ignored(self, value: object, cache: Path) -> None:
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            *(("decode_threads", value) for value in (-1, 1.5, True, "2", None)),
+            ("read_ahead", (1 << 20) + 1),
+        ],
+    )
+    def test_values_of_other_kinds_are_ignored(self, name: str, value: object, cache: Path) -> None:
         tuning.save(Settings(1))
         kept = json.loads(cache.read_text())
-        kept[tuning.key()]["decode_threads"] = value
+        kept[tuning.key()][name] = value
         cache.write_text(json.dumps(kept))
         assert tuning.load() is None
 

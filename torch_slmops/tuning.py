@@ -25,6 +25,7 @@ __all__ = ["Settings", "apply", "cache_path", "default_settings", "key", "load",
 # Measured (docs/performance.md): on Zen 5 products of few rows become up to 1.5 times as fast; on
 # Zen 4 asking ahead costs more than it brings.
 _ZEN5, _ZEN5_READ_AHEAD = 26, 8192
+_MOST_READ_AHEAD = 1 << 20  # that the op takes
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _logger = logging.getLogger("torch_slmops")
 
@@ -125,6 +126,7 @@ def _settings(found: Any, path: Path) -> Settings | None:
         not isinstance(found, dict)
         or set(found) != names
         or any(type(value) is not int or value < 0 for value in found.values())
+        or found["read_ahead"] > _MOST_READ_AHEAD
     ):
         _logger.warning("tuning: %s has unknown settings, which are ignored; tune again", path)
         return None

@@ -21,7 +21,7 @@ SLMOPS_INLINE void ask_ahead(const uint8_t* lines, int64_t ahead) {
   for (int i = 0; i < kCount; ++i) prefetch(lines + ahead + i * kLineBytes);
 }
 
-/// The same of one line, where bytes_ahead is never 0; with fewer rows ask_ahead is for several.
+/// The same of one line, in passes whose `ahead` is never 0; for others ask_ahead is called.
 template <int kRows>
 SLMOPS_INLINE void ask_always(const uint8_t* line, int64_t ahead) {
   if constexpr (kRows >= kPrefetchRows) prefetch(line + ahead);
