@@ -436,10 +436,12 @@ class _KeptSlots:
         if cache is None or not {GrowingLayer, Int8Layer}.issuperset(map(type, slots.layers)):
             return None
         made = cls(call.x, cache, slots)
+        owner = weakref.ref(snapshot)
 
-        def let_go(_: object) -> None:
-            if snapshot.slots is made:
-                snapshot.slots = None
+        def let_go(dead: object) -> None:
+            holder = owner()
+            if holder is not None and holder.slots is not None and holder.slots._cache is dead:
+                holder.slots = None
 
         made._cache = weakref.ref(cache, let_go)
         return made
