@@ -102,7 +102,7 @@ for row; do
   case $row in
     avx_vnni) emulate "$row" arrow_lake signed "$avx2, avx_vnni" ;;
     amx)
-      emulate "$row" sapphire_rapids unsigned "$avx2, $avx512, avx_vnni" \
+      emulate "$row" sapphire_rapids unsigned "$avx2, $avx512, avx_vnni, avx512_bf16" \
         tiles.ko="$build/module/tiles.ko"
       ;;
     *)
