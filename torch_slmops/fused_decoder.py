@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,6 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_slmops import _C, ops
 from torch_slmops.attention import NAME
-from torch_slmops.cache_memory import Memory
 from torch_slmops.families import DecoderLayer
 from torch_slmops.fused import (
     HOOKS,
@@ -31,6 +29,7 @@ from torch_slmops.fused import (
 )
 from torch_slmops.modules import Linear
 from torch_slmops.packed_rows import GateUp
+from torch_slmops.slots import KeptSlots, Slots
 
 __all__ = ["FusedDecoderLayer", "LayerSpec", "Run"]
 
@@ -239,18 +238,18 @@ class FusedDecoderLayer(Fused):
 
     def _slots(
         self, layers: tuple[FusedDecoderLayer, ...], call: _Call
-    ) -> _Slots | _KeptSlots | None:
+    ) -> Slots | KeptSlots | None:
         """Where the keys and values of `layers` go; None where the op cannot use the cache."""
         known: _Snapshot | None = None
         if len(layers) > 1:
             known = vars(self)[SNAPSHOT]
-            if known.slots is not None and known.slots.serve(call):
+            if known.slots is not None and known.slots.serve(call.x, call.cache):
                 return known.slots
         name = self.slmops.row.attention
-        slots = _Slots.of(call, [layer._modules[name] for layer in layers])
+        slots = Slots.of(call.x, call.cache, [layer._modules[name] for layer in layers])
         if slots is None or known is None:
             return slots
-        known.slots = _KeptSlots.of(call, slots, known)
+        known.slots = KeptSlots.of(call.x, call.cache, slots, known)
         return known.slots or slots
 
     def _parts(self, dtype: torch.dtype) -> list[Tensor] | None:
@@ -304,7 +303,7 @@ class _Snapshot:
         self, layers: tuple[FusedDecoderLayer, ...], dtype: torch.dtype, weights: list[Tensor]
     ) -> None:
         self.layers, self.dtype, self.weights = layers, dtype, ops.Kept(weights)
-        self.slots: _KeptSlots | None = None
+        self.slots: KeptSlots | None = None
         everything = list(itertools.chain.from_iterable(layer.modules() for layer in layers))
         # A layer that is called itself calls its own hooks.
         passed_by = everything if len(layers) > 1 else everything[1:]
@@ -349,126 +348,3 @@ def _pass_on(x: Tensor, run: Run, number: int) -> Tensor:
     else:
         delattr(x, _NEXT)
     return x
-
-
-@dataclass
-class _Slots:
-    """Where a call's keys and values go: tensors of its layers, and how many keys they hold."""
-
-    layers: list[Any]
-    tensors: Sequence[Tensor]
-    start: Tensor
-
-    @classmethod
-    def of(cls, call: _Call, attentions: list[Any]) -> _Slots | None:
-        """None where the op cannot use the cache."""
-        dtype = None if torch.compiler.is_compiling() else attentions[0].slmops_kv_cache
-        if call.cache is None and dtype is None:
-            return cls([], [], torch.tensor(0))
-        from transformers.cache_utils import StaticLayer
-
-        from torch_slmops.cache import Cache, Int8Layer, layers_of
-
-        cache = call.cache
-        if cache is None:  # rounded all the same: a cache does not change what a model computes
-            cache = Cache(dtype=dtype)
-        layers = layers_of(cache, [attention.layer_idx for attention in attentions], dtype)
-        if layers is None:
-            return None
-        tensors: list[Tensor] = []
-        starts: list[Any] = []
-        sizes: set[int] = set()
-        parts: Any
-        start: Any
-        spec = attentions[0].slmops
-        shape = (call.x.shape[0], spec.heads[1], call.x.shape[1], spec.head_dim)
-        states = call.x.new_empty(1).expand(shape)
-        for layer in layers:
-            if type(layer) is Int8Layer:  # and not isinstance, which is slow for abstract classes
-                parts, start = layer.reserve_int8(states, states)
-            elif type(layer) is not StaticLayer:
-                *parts, start = layer.reserve(states, states, blocked=True)
-            else:
-                if not layer.is_initialized:
-                    layer.lazy_initialization(states, states)
-                parts, start = (layer.keys, layer.values), layer.cumulative_length
-            if len(parts) == 2 and parts[0].dtype != states.dtype:
-                return None
-            tensors += parts
-            starts.append(start)
-            sizes.add(len(parts))
-        start = starts[0]
-        if len(starts) > 1 and len(set(map(int, starts))) > 1:
-            return None
-        if len(sizes) > 1:  # some layers are int8, others not
-            return None
-        return cls(layers, tensors, start if isinstance(start, Tensor) else torch.tensor(start))
-
-    def advance(self, new: int) -> None:
-        """Counts `new` keys as there."""
-        for layer in self.layers:
-            if hasattr(layer, "advance"):
-                layer.advance(new)
-            else:
-                layer.cumulative_length.add_(new)
-
-
-class _KeptSlots:
-    """Those of a run of layers, for the next calls too, as long as nothing else changes a cache."""
-
-    def __init__(self, x: Tensor, cache: Any, slots: _Slots) -> None:
-        memories = [vars(layer)[name] for layer in slots.layers for name in ("_keys", "_values")]
-        self.tensors = ops.Kept(slots.tensors)
-        self._used = int(slots.start)
-        self._free = min(memory.slots - memory.stop for memory in memories)
-        self._counts = [vars(memory) for memory in memories]
-        self._layers = list(cache.layers)
-        self._kind = self._kind_of(x)
-        self._changes = Memory.changes
-        self._cache: weakref.ref[Any] | None = None
-
-    @classmethod
-    def of(cls, call: _Call, slots: _Slots, snapshot: _Snapshot) -> _KeptSlots | None:
-        """None for layers that count in another way. `snapshot` lets go of it with the cache."""
-        from torch_slmops.cache import GrowingLayer, Int8Layer
-
-        cache = call.cache
-        if cache is None or not {GrowingLayer, Int8Layer}.issuperset(map(type, slots.layers)):
-            return None
-        made = cls(call.x, cache, slots)
-        owner = weakref.ref(snapshot)
-
-        def let_go(dead: object) -> None:
-            holder = owner()
-            if holder is not None and holder.slots is not None and holder.slots._cache is dead:
-                holder.slots = None
-
-        made._cache = weakref.ref(cache, let_go)
-        return made
-
-    @staticmethod
-    def _kind_of(x: Tensor) -> tuple[object, ...]:
-        return x.shape[0], x.dtype, torch.is_inference_mode_enabled()
-
-    @property
-    def start(self) -> Tensor:
-        return torch.tensor(self._used)
-
-    def serve(self, call: _Call) -> bool:
-        """Whether the keys and values of `call` go here."""
-        cache: Any = None if self._cache is None else self._cache()
-        return (
-            cache is not None
-            and call.cache is cache
-            and Memory.changes == self._changes
-            and cache.layers == self._layers
-            and call.x.shape[1] <= self._free
-            and self._kind_of(call.x) == self._kind
-        )
-
-    def advance(self, new: int) -> None:
-        """Counts `new` keys as there."""
-        for own in self._counts:  # and not by attribute, which would note a change
-            own["stop"] += new
-        self._used += new
-        self._free -= new
