@@ -130,6 +130,7 @@ FUSED_CASES = [
     *(qkv_rotary(fmt, (2, 3), GQA, 20) for fmt in FORMATS if whole_k_only(fmt, 96)),
     *(qkv_rotary(SUB16, rows, (2, 2, 2), d) for rows in ((1, 1), (2, 9)) for d in (64, 80, 96)),
     *(qkv_rotary(GROUP, (1, 60), GQA, d) for d in (128, 256)),
+    *(qkv_rotary(fmt, (2, 35), (16, 9, 9), 32, norms="head") for fmt in (SUB16, INT8)),
     qkv_rotary(SUB16, (0, 4), GQA, 16),
     qkv_rotary(SUB16, (1, 1), (1, 1, 1), 2, k=32),
     *(qkv_rotary(INT8, (2, 5), GQA, 40, values=values) for values in VALUES[1:]),

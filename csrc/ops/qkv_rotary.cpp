@@ -18,13 +18,27 @@ namespace {
 
 constexpr char kOp[] = "qkv_rotary";
 
-int64_t unit_tiles(const Qkv& p) { return std::lcm(p.heads.d, kTile) / kTile; }
+// Columns of a unit of many rows: heads side by side share the angles of a row while they are in
+// the first-level cache.
+constexpr int64_t kWideUnit = 256;
+constexpr int64_t kManyRows = 64;
+constexpr int64_t kUnitsPerWorker = 4;
+
+/// The least number of tiles that holds whole heads, or for many rows a multiple.
+int64_t unit_tiles(const Qkv& p, int64_t rows, int64_t workers) {
+  int64_t tiles = std::lcm(p.heads.d, kTile) / kTile;
+  const auto fits = [&](int64_t wider) {
+    return wider * kTile <= kWideUnit && p.f.tiles >= wider * kUnitsPerWorker * workers;
+  };
+  while (rows >= kManyRows && fits(2 * tiles)) tiles *= 2;
+  return tiles;
+}
 
 /// Units of whole heads, each finished as soon as it is computed.
 void run_by_units(Worker* worker, const Qkv& p, const SlabActivations& x, int64_t row, int64_t rows,
                   const QkvScratch& scratch) {
   const Format& f = p.f;
-  const int64_t d = p.heads.d, tiles = unit_tiles(p), width = tiles * kTile;
+  const int64_t d = p.heads.d, tiles = scratch.tiles, width = tiles * kTile;
   LinearArgs args = linear_args(f, p.packed, x);
   args.bias = p.bias;
   args.bias_type = p.bias_type;
@@ -68,11 +82,14 @@ void run_by_rows(Worker* worker, const Qkv& p, const SlabActivations& x, int64_t
 }  // namespace
 
 QkvScratch::QkvScratch(const Qkv& p, int64_t slab, int64_t workers, Scratch* scratch)
-    : product(scratch->take_each(workers, product_bytes(p.f, slab))), unit{}, rows(nullptr) {
+    : product(scratch->take_each(workers, product_bytes(p.f, slab))),
+      unit{},
+      rows(nullptr),
+      tiles(unit_tiles(p, slab, workers)) {
   if (p.by_rows()) {
     rows = scratch->take<float>(slab * p.f.n);
   } else {
-    const int64_t width = unit_tiles(p) * kTile;
+    const int64_t width = tiles * kTile;
     unit = scratch->take_each(workers, most_block_rows(slab) * width * int64_t{sizeof(float)});
   }
 }

@@ -1,7 +1,7 @@
 // The phases of q, k, v = x w^T + bias, then norm and rotary embedding of q and k.
 //
-// A unit is the least number of tiles that holds whole heads: its outputs go to fp32 scratch, from
-// which its heads are finished. A norm over the whole width of q or k needs all of a row first.
+// A unit is a few tiles that hold whole heads: its outputs go to fp32 scratch, from which its heads
+// are finished. A norm over the whole width of q or k needs all of a row first.
 #pragma once
 #include <algorithm>
 #include <optional>
@@ -31,7 +31,8 @@ struct QkvScratch {
   QkvScratch(const Qkv& p, int64_t slab, int64_t workers, Scratch* scratch);
 
   WorkerScratch product, unit;
-  float* rows;  // [slab][n], where a norm wants all of a row
+  float* rows;    // [slab][n], where a norm wants all of a row
+  int64_t tiles;  // of a unit
 };
 
 /// One or two phases: heads of rows [row, row + rows), whose activations are x.
