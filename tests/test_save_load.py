@@ -246,6 +246,18 @@ class TestDamage:
         with pytest.raises(SavedModelError, match=rf"model\.safetensors: .*{message}"):
             load(saved, into=tied())
 
+    @pytest.mark.parametrize(
+        "shape", [[1 << 64], [1 << 62, 4], [0, 1 << 63], [-1], [float("inf")], ["a"], 3, [None]]
+    )
+    def test_shapes(self, saved: Path, shape: Any) -> None:
+        metadata = metadata_of(saved)
+        recipe = json.loads(metadata[RECIPE_KEY])
+        recipe["tensors"]["norm.weight"]["shape"] = shape
+        text = json.dumps(recipe)
+        rewritten(saved, metadata | {RECIPE_KEY: text, DIGEST_KEY: digest(text)})
+        with pytest.raises(SavedModelError, match=r"model\.safetensors: expected a recipe"):
+            load(saved, into=tied())
+
     def test_every_tensor(self, saved: Path) -> None:
         data, tensors = saved.read_bytes(), load_file(saved)
         entries = json.loads(header_of(data))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,8 +28,10 @@ __all__ = ["FORMAT_VERSION", "Layer", "Recipe", "SavedModelError", "Stored", "fa
 
 FORMAT_VERSION = 1
 VERSION_KEY, RECIPE_KEY, DIGEST_KEY = "slmops_format", "slmops_recipe", "slmops_recipe_sha256"
+_MOST_ELEMENTS = 1 << 59  # whose bytes a 64-bit number counts
 _ORDERS = (".perm", ".order")  # of the inputs or rows of packed modules
 # Fields of a spec that come from the code of a module, and are found again when it is loaded.
+_NO_RECIPE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 _OF_THE_CODE = ("parameters", "cache", "eager", "tables")
 
 
@@ -126,7 +129,7 @@ class Recipe:
             )
         try:
             return _from_plain(json.loads(text))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except _NO_RECIPE as error:
             raise SavedModelError(
                 f"{file}: expected a recipe as of format {FORMAT_VERSION} in its metadata, got "
                 f"another ({type(error).__name__}: {error})"
@@ -222,12 +225,18 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _shape(sizes: Any) -> tuple[int, ...]:
+    """Sizes of which a tensor can be, filled or not."""
+    shape = tuple(int(size) for size in sizes)
+    if min(shape, default=0) < 0 or math.prod(max(size, 1) for size in shape) > _MOST_ELEMENTS:
+        raise ValueError(f"shape {list(shape)}")
+    return shape
+
+
 def _from_plain(plain: Any) -> Recipe:
     layers = {name: Layer(**layer) for name, layer in plain["layers"].items()}
     tensors = {
-        name: Stored(
-            stored["dtype"], tuple(int(size) for size in stored["shape"]), stored["checksum"]
-        )
+        name: Stored(stored["dtype"], _shape(stored["shape"]), stored["checksum"])
         for name, stored in plain["tensors"].items()
     }
     every: list[Layer | Stored] = [*layers.values(), *tensors.values()]
