@@ -20,6 +20,7 @@ from cli_models import CommandLine
 import torch_slmops
 from torch_slmops import machine, ops, tuning
 from torch_slmops.bench.timing import Timing
+from torch_slmops.cache_memory import Int8Heads
 from torch_slmops.cli.screen import FAILED
 from torch_slmops.tuning import Settings
 
@@ -255,6 +256,25 @@ class TestReadAhead:
         for others in found[1:]:
             for got, expected in zip(others, found[0], strict=True):
                 assert_same_bits(got, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+    def test_same_bits_of_attention(self, dtype: torch.dtype) -> None:
+        q = random_values("normal", (2, 2, 4, 64), seed=1)
+        keys, values = (random_values("normal", (2, 300, 2, 64), seed=n).bfloat16() for n in (2, 3))
+        scales: list[torch.Tensor] = []
+        if dtype == torch.int8:
+            stored = [Int8Heads(x.transpose(1, 2), 300, x is values) for x in (keys, values)]
+            for made, x in zip(stored, (keys, values), strict=True):
+                made.store(x.transpose(1, 2))
+            keys, values = (made.codes for made in stored)
+            scales = [made.scale[:, :, :300] for made in stored]
+        found = []
+        for bytes_ahead in (0, 64, 8192):
+            torch.ops.slmops._set_read_ahead(bytes_ahead)
+            rest = (None, None, True, 0, 0.125, 0.0)
+            found.append(ops.attention(q, keys, values, *rest, *scales))
+        for other in found[1:]:
+            assert_same_bits(other, found[0])
 
     @pytest.mark.parametrize("value", [-1, (1 << 20) + 1, -(1 << 63)])
     def test_other_numbers_are_refused(self, value: int) -> None:

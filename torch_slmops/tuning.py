@@ -39,8 +39,8 @@ class Settings:
         prefill_threads: Of more rows.
         torch_threads: The two hold while torch has so many threads: its number when it was tuned.
             Who calls `torch.set_num_threads` with another one has chosen, and is obeyed.
-        read_ahead: Bytes: a product of few rows asks memory for what stands so far behind that
-            which it reads; 0 leaves that to the CPU.
+        read_ahead: Bytes: a product of few rows, and attention of few queries, asks memory for what
+            stands so far behind that which it reads; 0 leaves that to the CPU.
         int4_library_rows: Rows from which int4 weights with activations "float_fast" are multiplied
             by torch.
         int8_library_rows: Likewise int8 weights.

@@ -185,10 +185,10 @@ inline Keys find_blocked_keys(const AttentionArgs& args, const HeadRows& k, int6
   const int64_t from = slot / kKeyBlock * kKeyBlock, d = args.d;
   const uint8_t* data = k.data + from * d * size_of(k.type);
   const int64_t shift = first - from;
-  if (rows <= kBlockRows) return {data, k.type, shift};
+  if (rows <= kBlockRows) return {data, k.type, shift, args.read_ahead};
   const int64_t to = (first + seen.end + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
   convert(data, k.type, w.keys, DType::f32, (to - from) * d);
-  return {reinterpret_cast<const uint8_t*>(w.keys), DType::f32, shift};
+  return {reinterpret_cast<const uint8_t*>(w.keys), DType::f32, shift, 0};
 }
 
 /// Positions `seen` of the split, 16 by 16 transposed, into w.keys; zeros around them.
@@ -201,7 +201,7 @@ inline Keys load_keys(const HeadRows& k, int64_t first, Range seen, int64_t d, c
       const Range there = {seen.begin - block, seen.end - block};
       for (int64_t i = 0; i < kLanes; ++i) {
         const uint8_t* key = static_cast<const uint8_t*>(k.at(first + block + i));
-        for (int64_t at = 0; at < d * size_of(kType); at += kLineBytes) ask_ahead(key, at);
+        for (int64_t at = 0; at < d * size_of(kType); at += kLineBytes) ask_ahead(key, at, 0);
       }
       int64_t e = 0;
       if (kType == DType::bf16 && there.begin <= 0 && there.end >= kLanes) {
@@ -217,7 +217,7 @@ inline Keys load_keys(const HeadRows& k, int64_t first, Range seen, int64_t d, c
       }
     }
   });
-  return {reinterpret_cast<const uint8_t*>(w.keys), DType::f32, 0};
+  return {reinterpret_cast<const uint8_t*>(w.keys), DType::f32, 0, 0};
 }
 
 /// Where the products read v: in place where its rows are whole vectors, read once; else from
@@ -225,7 +225,7 @@ inline Keys load_keys(const HeadRows& k, int64_t first, Range seen, int64_t d, c
 inline Values load_values(const AttentionArgs& args, const HeadRows& v, int64_t first, Range seen,
                           int64_t rows, const Workspace& w) {
   const bool in_place = rows <= kBlockRows && args.dv % kLanes == 0;
-  if (in_place) return {v.data, v.type, v.stride, first, args.dv};
+  if (in_place) return {v.data, v.type, v.stride, first, args.dv, args.read_ahead};
   with_type(v.type, [&](auto constant) {
     constexpr DType kType = decltype(constant)::value;
     for (int64_t i = seen.begin; i < seen.end; ++i) {
@@ -234,7 +234,7 @@ inline Values load_values(const AttentionArgs& args, const HeadRows& v, int64_t 
       });
     }
   });
-  return {reinterpret_cast<const uint8_t*>(w.values), DType::f32, w.v_stride, 0, args.dv};
+  return {reinterpret_cast<const uint8_t*>(w.values), DType::f32, w.v_stride, 0, args.dv, 0};
 }
 
 }  // namespace

@@ -30,6 +30,7 @@ struct Int8Split {
   const uint8_t* values;
   int64_t shift;  // slot j of the blocks is at position j - shift of the split
   int64_t width;  // padded_head(d)
+  int64_t ahead;  // as of Keys
 };
 
 /// That of positions `seen`, whose scales go to w.
@@ -44,14 +45,15 @@ inline Int8Split find_int8(const AttentionArgs& args, const Item& item, int64_t 
     return x.codes + item.b * x.batch_stride + item.kv_head * x.head_stride + from * width;
   };
   return {place(args.k_int8, w.int8.k_scale), place(args.v_int8, w.int8.v_scale), first - from,
-          width};
+          width, item.rows() <= kBlockRows ? args.read_ahead : 0};
 }
 
 /// sum[r][j] += the dots of 16 * count codes of row r with lines: `step` bytes to the next 4 codes,
 /// `next` bytes to those of the next vector. kAsk: they are read for the first time.
 template <bool kAsk, int kRows, int kVectors>
 SLMOPS_INLINE void add_dots(const int8_t* codes, int64_t stride, const uint8_t* lines, int64_t step,
-                            int64_t next, int64_t count, I32 (&sum)[kRows][kVectors]) {
+                            int64_t next, int64_t count, int64_t ahead,
+                            I32 (&sum)[kRows][kVectors]) {
   for (int64_t i = 0; i < count; ++i, codes += kLanes) {
     Codes a[kRows];
 #pragma GCC unroll 8
@@ -61,7 +63,7 @@ SLMOPS_INLINE void add_dots(const int8_t* codes, int64_t stride, const uint8_t* 
       Bytes x[kVectors];
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {
-        if constexpr (kAsk) ask_ahead(lines, j * next);
+        if constexpr (kAsk) ask_ahead(lines, j * next, ahead);
         x[j] = bytes(load_line(lines + j * next));
       }
 #pragma GCC unroll 8
@@ -91,7 +93,7 @@ inline void int8_key_products(const Int8Split& both, int64_t row, int64_t begin,
       for (int j = 0; j < kVectors; ++j) sum[r][j] = splat_i32(preset[r]);
     }
     add_dots<true>(q, kCodeStride, both.keys + i * width, 4 * kKeyBlock, kKeyBlock * width,
-                   width / kLanes, sum);
+                   width / kLanes, both.ahead, sum);
     const int64_t position = i - both.shift;
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
@@ -172,14 +174,15 @@ inline void int8_value_products(const Int8Split& both, int64_t begin, int64_t en
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sum[r][j] = splat_i32(w.int8.high_preset[r]);
     }
-    add_dots<true>(w.int8.high + begin, kScoreStride, lines, step, 4 * kLanes, count, sum);
+    add_dots<true>(w.int8.high + begin, kScoreStride, lines, step, 4 * kLanes, count, both.ahead,
+                   sum);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const I32 preset = splat_i32(w.int8.low_preset[r]);
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sum[r][j] = shift_left<7>(sum[r][j]) + preset;
     }
-    add_dots<false>(w.int8.low + begin, kScoreStride, lines, step, 4 * kLanes, count, sum);
+    add_dots<false>(w.int8.low + begin, kScoreStride, lines, step, 4 * kLanes, count, 0, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const F32 factor = splat(w.int8.value_factor[r]);

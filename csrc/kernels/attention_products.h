@@ -62,9 +62,12 @@ SLMOPS_INLINE void store_sums(const F32 (&sum)[kRows][kVectors], float* out, int
 /// for one query on 8192 bf16 keys (Zen 4; into the first level it is no gain).
 constexpr int64_t kAhead = 16384;
 
-/// Asks for what lies kAhead bytes after data + offset, once for each whole line.
-SLMOPS_INLINE void ask_ahead(const uint8_t* data, int64_t offset) {
-  if (offset % kLineBytes == 0) prefetch_l2(data + offset + kAhead);
+/// Asks for what lies so far after data + offset, once for each whole line; where `ahead` is not 0
+/// that far and into the first level (Zen 5: 0.86 of the time of one query, 8 KiB ahead).
+SLMOPS_INLINE void ask_ahead(const uint8_t* data, int64_t offset, int64_t ahead) {
+  if (offset % kLineBytes != 0) return;
+  if (ahead == 0) return prefetch_l2(data + offset + kAhead);
+  prefetch(data + offset + ahead);
 }
 
 /// Keys of a split in blocks of 16, d-major: data is the first block's. Key j of them is at
@@ -72,7 +75,7 @@ SLMOPS_INLINE void ask_ahead(const uint8_t* data, int64_t offset) {
 struct Keys {
   const uint8_t* data;
   DType type;
-  int64_t shift;
+  int64_t shift, ahead;
 };
 
 /// scores[row][j - shift], times `scale`, for keys j in [begin, end), multiples of 16. q:
@@ -91,7 +94,7 @@ inline void key_products(const float* q, const Keys& keys, int64_t d, int64_t be
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) {
           const int64_t at = i * d + (j * d + e) * kLanes;
-          ask_ahead(keys.data, at * size_of(kType));
+          ask_ahead(keys.data, at * size_of(kType), keys.ahead);
           x[j] = load_as(kType, keys.data, at);
         }
         add_products(q + e, d, x, sum);
@@ -110,7 +113,7 @@ inline void key_products(const float* q, const Keys& keys, int64_t d, int64_t be
 struct Values {
   const uint8_t* data;
   DType type;
-  int64_t stride, first, dv;
+  int64_t stride, first, dv, ahead;
 
   const uint8_t* at(int64_t i) const { return data + (first + i) * stride * size_of(type); }
 };
@@ -133,7 +136,7 @@ inline void value_products(const float* p, const Values& v, int64_t begin, int64
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) {
           const int64_t at = e + j * kLanes;
-          ask_ahead(value, at * size_of(kType));
+          ask_ahead(value, at * size_of(kType), v.ahead);
           x[j] = load_as(kType, value, at);
         }
         add_products(p + i, kScoreStride, x, sum);

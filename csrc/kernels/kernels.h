@@ -235,6 +235,7 @@ struct AttentionArgs {
   int64_t splits;         // 0: an item takes all splits; else as many items, each with one
   float* parts;           // [batch][queries][heads][splits][part_floats(dv)] where splits is not 0
   void* out;              // [batch][queries][heads][dv] of the type of q
+  int64_t read_ahead;     // as that of LinearArgs, for keys and values; 0: what is usual
 };
 
 /// Floats of a softmax over a part of the keys: max, sum, padding, weighted sum of v in whole

@@ -9,6 +9,7 @@
 
 #include "../isa/isa.h"
 #include "int8_heads.h"
+#include "matmul.h"
 
 namespace slmops {
 namespace {
@@ -187,6 +188,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v,
   args.window = window;
   args.scale = static_cast<float>(scale);
   args.softcap = static_cast<float>(softcap);
+  args.read_ahead = tuned_read_ahead.load(std::memory_order_relaxed);
   args.block = 1;
   args.out = out.mutable_data_ptr();
   const std::optional<Tensor> seen = set_mask(kOp, mask, &args);

@@ -181,6 +181,7 @@ Tensor decoder_layers(const Tensor& x, const TensorList& weights, const TensorLi
   attention.causal = !mask.has_value();
   attention.scale = static_cast<float>(scale);
   attention.softcap = static_cast<float>(softcap);
+  attention.read_ahead = tuned_read_ahead.load(std::memory_order_relaxed);
   const std::optional<Tensor> seen = set_mask(kOp, cut_mask(mask, attention.keys), &attention);
   const std::vector<int64_t> first = first_positions(position_ids, options);
   attention.first_position = first.empty() ? nullptr : first.data();

@@ -51,7 +51,7 @@ inline SourceRows rows_from(SourceRows src, int64_t row) {
   return src;
 }
 
-/// LinearArgs::read_ahead of all products, as torch_slmops.tuning set it.
+/// LinearArgs::read_ahead and that of AttentionArgs, as torch_slmops.tuning set it.
 inline std::atomic<int64_t> tuned_read_ahead{0};
 constexpr int64_t kMostReadAhead = 1 << 20;
 
