@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -398,11 +399,16 @@ def test_many_threads_generate_at_once() -> None:
         for _ in range(3):
             results[i] = generate(prompts[i])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # between any two lines
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     for got, want in zip(results, expected, strict=True):
         assert got is not None
         assert_same_bits(got, want)

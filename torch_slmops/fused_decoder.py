@@ -243,14 +243,15 @@ class FusedDecoderLayer(Fused):
         known: _Snapshot | None = None
         if len(layers) > 1:
             known = vars(self)[SNAPSHOT]
-            if known.slots is not None and known.slots.serve(call.x, call.cache):
-                return known.slots
+            kept = known.slots  # read once: another thread may put its own there
+            if kept is not None and kept.serve(call.x, call.cache):
+                return kept
         name = self.slmops.row.attention
         slots = Slots.of(call.x, call.cache, [layer._modules[name] for layer in layers])
         if slots is None or known is None:
             return slots
-        known.slots = KeptSlots.of(call.x, call.cache, slots, known)
-        return known.slots or slots
+        kept = known.slots = KeptSlots.of(call.x, call.cache, slots, known)
+        return kept or slots
 
     def _parts(self, dtype: torch.dtype) -> list[Tensor] | None:
         """The layer's tensors in the order of `ops.LAYER_PARTS`; None if they are others now."""

@@ -115,7 +115,10 @@ class KeptSlots:
 
         def let_go(dead: object) -> None:
             alive = owner()
-            if alive is not None and alive.slots is not None and alive.slots._cache is dead:
+            if alive is None:
+                return
+            kept = alive.slots  # read once: another thread may put its own there
+            if kept is not None and kept._cache is dead:
                 alive.slots = None
 
         made._cache = weakref.ref(cache, let_go)
