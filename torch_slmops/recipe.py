@@ -29,9 +29,10 @@ __all__ = ["FORMAT_VERSION", "Layer", "Recipe", "SavedModelError", "Stored", "fa
 FORMAT_VERSION = 1
 VERSION_KEY, RECIPE_KEY, DIGEST_KEY = "slmops_format", "slmops_recipe", "slmops_recipe_sha256"
 _MOST_ELEMENTS = 1 << 59  # whose bytes a 64-bit number counts
+# What reading a recipe raises where it is none.
+_NO_RECIPE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 _ORDERS = (".perm", ".order")  # of the inputs or rows of packed modules
 # Fields of a spec that come from the code of a module, and are found again when it is loaded.
-_NO_RECIPE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 _OF_THE_CODE = ("parameters", "cache", "eager", "tables")
 
 
