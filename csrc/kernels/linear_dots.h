@@ -94,7 +94,7 @@ SLMOPS_INLINE void add_int4(const uint8_t* lines, const int8_t* codes, int64_t s
 template <int kRows, int kLines>
 SLMOPS_INLINE void add_int8(const uint8_t* lines, const int8_t* codes, int64_t stride,
                             int64_t ahead, I32 (&sum)[kRows][kLines]) {
-  if constexpr (kLines == 2) ask_ahead<8>(lines, ahead);
+  if constexpr (kLines == 2) ask_ahead<8>(lines, ahead);  // else the lines are read by two passes
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     if constexpr (kDotsByRows) {  // a line at a time, for few registers

@@ -118,24 +118,26 @@ void ask_for(const void* p) {
 #endif
 }
 
+/// Sets a TypeError; returns what for_dicts does then.
+int refuse(const char* what_was_expected) {
+  PyErr_SetString(PyExc_TypeError, what_was_expected);
+  return -1;
+}
+
 /// Calls body(dict) for the dicts of a list until it is false. Returns that, or -1 with an
 /// exception set if the list is none of dicts.
 template <class Body>
 int for_dicts(PyObject* list, const Body& body) {
-  const Py_ssize_t count = PyList_Check(list) ? PyList_Size(list) : -1;
+  if (!PyList_Check(list)) return refuse("expected a list of dicts");
+  const Py_ssize_t count = PyList_Size(list);
   for (Py_ssize_t i = 0; i < count; ++i) {
     if (i + kAhead < count) ask_for(PyList_GetItem(list, i + kAhead));
     PyObject* dict = PyList_GetItem(list, i);
-    if (!PyDict_Check(dict)) {
-      PyErr_SetString(PyExc_TypeError, "expected a list of dicts");
-      return -1;
-    }
+    if (!PyDict_Check(dict)) return refuse("expected a list of dicts");
     const int go_on = body(dict);
     if (go_on != 1) return go_on;
   }
-  if (count >= 0) return 1;
-  PyErr_SetString(PyExc_TypeError, "expected a list of dicts");
-  return -1;
+  return 1;
 }
 
 PyObject* truth(int found) { return found < 0 ? nullptr : PyBool_FromLong(found); }
@@ -143,10 +145,7 @@ PyObject* truth(int found) { return found < 0 ? nullptr : PyBool_FromLong(found)
 PyObject* values_are(PyObject* /*module*/, PyObject* arguments) {
   PyObject *dicts, *objects;
   if (!PyArg_UnpackTuple(arguments, "values_are", 2, 2, &dicts, &objects)) return nullptr;
-  if (!PyList_Check(objects)) {
-    PyErr_SetString(PyExc_TypeError, "expected a list of objects");
-    return nullptr;
-  }
+  if (!PyList_Check(objects)) return truth(refuse("expected a list of objects"));
   const Py_ssize_t count = PyList_Size(objects);
   Py_ssize_t seen = 0;
   const int same = for_dicts(dicts, [&](PyObject* dict) {
