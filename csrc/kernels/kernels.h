@@ -302,12 +302,12 @@ struct FastKernels {
   void (*linear)(const LinearArgs& args, int64_t tile, int64_t row_begin, int64_t row_end);
 };
 
-/// k of the chunks that `linear` walks a tile in: whole activation groups and scale blocks, about
-/// 512, whose int8 lines are half of a 32 KiB first-level cache.
+/// k of the chunks that `linear` walks a tile in: whole activation groups and scale blocks whose
+/// lines, or those that sub16 ones are expanded to, are about half of a 32 KiB first-level cache.
 constexpr int64_t chunk_length(const Format& f) {
-  constexpr int64_t kAbout = 512;
+  const int64_t about = f.scale_kind == ScaleKind::group && f.bits == 4 ? 1024 : 512;
   const int64_t block = scale_block(f) > f.act_group ? scale_block(f) : f.act_group;
-  return block >= kAbout ? block : kAbout / block * block;
+  return block >= about ? block : about / block * block;
 }
 /// Rows from which an ISA row with a matrix unit may use it, up to how many at a time, and the
 /// integer sums that it makes of each before they are used.

@@ -18,12 +18,24 @@ inline void group_step(const Step& s) {
   if constexpr (kBlocks) {
     if (s.end - s.begin > kMaxRows) begin = group_blocks<Block, kBits, kZero>(s);
   }
-  for_passes(begin, s.end, s.sums_at(begin), [&](auto& acc, int half, int64_t row) {
+  for_passes(s, begin, s.end, [&](auto& acc, int half, int64_t row) {
+    constexpr int kRows = sizeof(acc) / sizeof(acc[0]);
+    const Format& f = *s.args.format;
     if (s.end - s.begin > kShareRows) prefetch_share(s, row);
     const PassRows rows = s.rows_at(row, 0);
-    const int64_t ahead = s.ahead<kBits, sizeof(acc) / sizeof(acc[0])>();
-    group_pass<kBits, kZero>(*s.args.format, {s.chunk.lines, 0, 0}, s.chunk.count, half,
-                             LineDots<kBits>{rows.codes, rows.code_stride, ahead}, rows, acc);
+    const int64_t ahead = s.ahead<kBits, kRows>();
+    const auto pass = [&](const auto& dots) {
+      group_pass<kBits, kZero>(f, {s.chunk.lines, 0, 0}, s.chunk.count, half, dots, rows, acc);
+    };
+    if constexpr (kRows == kMaxRows && kLongSums > 1) {
+      if (preset_unit(f) > kShortUnit) {
+        return pass(LineDots<kBits, kLongSums>{rows.codes, rows.code_stride, ahead});
+      }
+      if (s.end - s.begin > kStreamRows) {  // the lines are in the cache
+        return pass(LineDots<kBits, 1, kShortUnit>{rows.codes, rows.code_stride, 0});
+      }
+    }
+    pass(LineDots<kBits>{rows.codes, rows.code_stride, ahead});
   });
 }
 
@@ -36,18 +48,19 @@ inline void sub16_step(const Step& s) {
   if (kExpandRows > 0 && s.end - s.begin >= kExpandRows) {
     expand_chunk(s.chunk, s.room, store_lines);
     const Chunk lines = {s.room, s.chunk.count};
-    for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
+    for_passes(s, s.begin, s.end, [&](auto& acc, int half, int64_t row) {
       prefetch_share(s, row);
       const PassRows rows = s.expanded_rows_at(row, 0);
-      expanded_pass(f, lines, half, LineDots<8>{rows.codes, rows.code_stride, 0}, rows, acc);
+      constexpr int kSums = sizeof(acc) / sizeof(acc[0]) == kMaxRows ? kLongSums : 1;
+      expanded_pass(f, lines, half, LineDots<8, kSums>{rows.codes, rows.code_stride, 0}, rows, acc);
     });
   } else if (f.act_group >= kSubBlock) {
-    for_passes(begin, s.end, s.sums_at(begin), [&](auto& acc, int half, int64_t row) {
+    for_passes(s, begin, s.end, [&](auto& acc, int half, int64_t row) {
       const int64_t ahead = s.ahead<4, sizeof(acc) / sizeof(acc[0])>();
       sub16_pass<true>(f, s.chunk, half, s.rows_at(row, 0), ahead, acc);
     });
   } else {
-    for_passes(begin, s.end, s.sums_at(begin), [&](auto& acc, int half, int64_t row) {
+    for_passes(s, begin, s.end, [&](auto& acc, int half, int64_t row) {
       const int64_t ahead = s.ahead<4, sizeof(acc) / sizeof(acc[0])>();
       sub16_pass<false>(f, s.chunk, half, s.rows_at(row, 0), ahead, acc);
     });
@@ -56,7 +69,7 @@ inline void sub16_step(const Step& s) {
 
 inline void float_step(const Step& s) {
   const Format& f = *s.args.format;
-  for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
+  for_passes(s, s.begin, s.end, [&](auto& acc, int half, int64_t row) {
     constexpr int kRows = sizeof(acc) / sizeof(acc[0]);
     constexpr int kLines = sizeof(acc[0]) / sizeof(acc[0][0]);
     const float* x = s.args.x + row * f.k_padded + s.k;
@@ -71,36 +84,6 @@ inline void float_step(const Step& s) {
       for (int r = 0; r < kRows; ++r) acc[r][l] = column[r];
     }
   });
-}
-
-/// Own scales of sub16 outputs, bias, the one rounding to the output's type.
-inline void finish_tile(const LinearArgs& args, const uint8_t* own_scales, int64_t first_output,
-                        int64_t begin, int64_t end, const float* sums) {
-  const Format& f = *args.format;
-  for (int half = 0; half < 2; ++half) {
-    const int64_t n = first_output + half * kLanes;
-    const int64_t count = f.n - n < kLanes ? f.n - n : kLanes;
-    if (count <= 0) return;
-    F32 own = splat(1.0f), bias = splat(0.0f);
-    if (f.scale_kind == ScaleKind::sub16) {
-      own = load(reinterpret_cast<const float*>(own_scales + half * 64));
-    }
-    if (args.bias != nullptr) {
-      bias = count == kLanes ? load_as(args.bias_type, args.bias, n)
-                             : load_tail(args.bias_type, args.bias, n, count);
-    }
-    for (int64_t row = begin; row < end; ++row) {
-      F32 y = load(sums + (row - begin) * kTile + half * kLanes);
-      if (f.scale_kind == ScaleKind::sub16) y = y * own;
-      if (args.bias != nullptr) y = y + bias;
-      const int64_t at = (row - args.first_row) * args.out_stride + n - args.first_output;
-      if (count == kLanes) {
-        store_as(args.out_type, args.out, at, y);
-      } else {
-        store_tail(args.out_type, args.out, at, y, count);
-      }
-    }
-  }
 }
 
 /// The step of a format with int8 activations; `matrix` is nothing or the row's matrix unit.
@@ -124,13 +107,15 @@ inline void int8_step(const Step& s, const M&... matrix) {
   with_zero(Int<8>{});
 }
 
-/// Calls step(s) at every chunk of a tile, in order.
+/// Calls step(s) at every chunk of a tile, in order. Of many rows each is finished by its pass over
+/// the last one: its stores, which miss the caches, go on while the next rows' dots do.
 template <class Body>
 SLMOPS_INLINE void for_chunks(Step& s, int64_t length, const Body& step) {
   const Format& f = *s.args.format;
   const int64_t chunk_act_groups = length / f.act_group, chunk_units = length / preset_unit(f);
   for (; s.k < f.k_padded; s.k += length) {
     if (f.k_padded - s.k < length) s.chunk.count = f.k_padded - s.k;
+    s.finish = s.end - s.begin > kStreamRows && s.k + s.chunk.count == f.k_padded;
     step(s);
     s.chunk.lines += s.chunk_bytes;
     s.act_group += chunk_act_groups;
@@ -154,7 +139,7 @@ SLMOPS_INLINE bool matrix_chunks(Step& s, int64_t length) {
 }
 
 /// Calls steps(s, length) to add all of a tile, in chunks of `length` k, to the sums; then finishes
-/// them.
+/// those that are not.
 template <class Steps>
 SLMOPS_INLINE void walk_tile(const LinearArgs& args, int64_t tile_index, int64_t begin, int64_t end,
                              const Steps& steps) {
@@ -178,14 +163,15 @@ SLMOPS_INLINE void walk_tile(const LinearArgs& args, int64_t tile_index, int64_t
             .unit = 0,
             .act_groups = f.k_padded / f.act_group,
             .presets_per_row = presets_per_row(f),
-            .presets_per_act = f.act_group / unit};
+            .presets_per_act = f.act_group / unit,
+            .first_output = tile_index * kTile,
+            .own_scales = tile + f.k_padded / block * f.group_bytes,
+            .finish = false};
   steps(s, length);
+  if (s.finish) return;
   // What follows in memory is the next tile: memory works while this one is finished.
-  if (end - begin <= kStreamRows) {
-    for (int i = 0; i < kNextLines; ++i) prefetch(tile + f.tile_bytes + i * kLineBytes);
-  }
-  finish_tile(args, tile + f.k_padded / block * f.group_bytes, tile_index * kTile, begin, end,
-              sums);
+  for (int i = 0; i < kNextLines; ++i) prefetch(tile + f.tile_bytes + i * kLineBytes);
+  finish_rows(s, begin, end);
 }
 
 /// The table's entry: every format and activation mode.

@@ -21,12 +21,6 @@ SLMOPS_INLINE void ask_ahead(const uint8_t* lines, int64_t ahead) {
   for (int i = 0; i < kCount; ++i) prefetch(lines + ahead + i * kLineBytes);
 }
 
-/// The same of one line, in passes whose `ahead` is never 0; for others ask_ahead is called.
-template <int kRows>
-SLMOPS_INLINE void ask_always(const uint8_t* line, int64_t ahead) {
-  if constexpr (kRows >= kPrefetchRows) prefetch(line + ahead);
-}
-
 /// What a unit's integer sums start from, so that they end as sum of code * (u - z), or code * u
 /// for a float z or an offset; plus `bias`.
 template <int kBits, ZeroKind kZero>
@@ -44,23 +38,27 @@ SLMOPS_INLINE I32 start_sums(int32_t preset, const uint8_t* zero_points, int32_t
 /// is beyond 128 * 127 * 255 < 2^22.
 constexpr bool has_small_sums(int64_t unit) { return kSumBias != 0 && unit <= 128; }
 
-/// Adds 32 k of int4 lines to the sums.
-template <int kRows, int kLines>
+/// Adds 32 k of int4 lines to the sums, of which the quads of k take turns.
+template <int kSums, int kRows, int kLines>
 SLMOPS_INLINE void add_int4(const uint8_t* lines, const int8_t* codes, int64_t stride,
-                            int64_t ahead, I32 (&sum)[kRows][kLines]) {
+                            int64_t ahead, I32 (&sum)[kSums][kRows][kLines]) {
   if constexpr (kRows < kPrefetchRows) ask_ahead<8>(lines, ahead);
-  Dot4 dot[kRows][kLines];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+  Dot4 dot[kSums][kRows][kLines];
 #pragma GCC unroll 2
-    for (int l = 0; l < kLines; ++l) dot[r][l] = dot4_begin(sum[r][l]);
+  for (int s = 0; s < kSums; ++s) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l) dot[s][r][l] = dot4_begin(sum[s][r][l]);
+    }
   }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     if constexpr (kDotsByRows) {
 #pragma GCC unroll 2
       for (int l = 0; l < kLines; ++l) {
-        dot4_rows(dot, l, lines + (2 * j + l) * kLineBytes, codes + j / 2 * 16, stride, j % 2 * 2);
+        dot4_rows(dot[0], l, lines + (2 * j + l) * kLineBytes, codes + j / 2 * 16, stride,
+                  j % 2 * 2);
       }
       continue;
     }
@@ -68,7 +66,7 @@ SLMOPS_INLINE void add_int4(const uint8_t* lines, const int8_t* codes, int64_t s
 #pragma GCC unroll 2
     for (int l = 0; l < kLines; ++l) {
       const uint8_t* line = lines + j * 2 * kLineBytes + l * kLineBytes;
-      ask_always<kRows>(line, ahead);
+      if constexpr (kRows >= kPrefetchRows) ask_ahead<1>(line, ahead);
       const Line both = load_line(line);
       low[l] = low_nibbles(both);
       high[l] = high_nibbles(both);
@@ -78,32 +76,37 @@ SLMOPS_INLINE void add_int4(const uint8_t* lines, const int8_t* codes, int64_t s
 #pragma GCC unroll 2
       for (int l = 0; l < kLines; ++l) {
         const Codes a = load_codes(codes + r * stride + j / 2 * 16);
-        dot[r][l] = dot4(dot[r][l], low[l], a, j % 2 * 2);
-        dot[r][l] = dot4(dot[r][l], high[l], a, j % 2 * 2 + 1);
+        Dot4 &even = dot[0][r][l], &odd = dot[kSums - 1][r][l];
+        even = dot4(even, low[l], a, j % 2 * 2);
+        odd = dot4(odd, high[l], a, j % 2 * 2 + 1);
       }
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-    for (int l = 0; l < kLines; ++l) sum[r][l] = dot4_end(sum[r][l], dot[r][l]);
+  for (int s = 0; s < kSums; ++s) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l) sum[s][r][l] = dot4_end(sum[s][r][l], dot[s][r][l]);
+    }
   }
 }
 
-/// Adds 16 k of int8 lines to the sums.
-template <int kRows, int kLines>
+/// Adds 16 k of int8 lines to the sums, of which the quads of k take turns.
+template <int kSums, int kRows, int kLines>
 SLMOPS_INLINE void add_int8(const uint8_t* lines, const int8_t* codes, int64_t stride,
-                            int64_t ahead, I32 (&sum)[kRows][kLines]) {
+                            int64_t ahead, I32 (&sum)[kSums][kRows][kLines]) {
   if constexpr (kLines == 2) ask_ahead<8>(lines, ahead);  // else the lines are read by two passes
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
+    I32(&turn)[kRows][kLines] = sum[j % kSums];
     if constexpr (kDotsByRows) {  // a line at a time, for few registers
 #pragma GCC unroll 2
       for (int l = 0; l < kLines; ++l) {
         const Bytes u = bytes(load_line(lines + (2 * j + l) * kLineBytes));
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-          sum[r][l] = dot8(sum[r][l], u, load_codes(codes + r * stride), j);
+          turn[r][l] = dot8(turn[r][l], u, load_codes(codes + r * stride), j);
         }
       }
       continue;
@@ -116,7 +119,7 @@ SLMOPS_INLINE void add_int8(const uint8_t* lines, const int8_t* codes, int64_t s
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
       for (int l = 0; l < kLines; ++l)
-        sum[r][l] = dot8(sum[r][l], u[l], load_codes(codes + r * stride), j);
+        turn[r][l] = dot8(turn[r][l], u[l], load_codes(codes + r * stride), j);
     }
   }
 }
@@ -131,8 +134,8 @@ SLMOPS_INLINE void add_sub16(const uint8_t* block, int j, int half, const int8_t
 #pragma GCC unroll 2
   for (int l = 0; l < kLines; ++l) {
     const uint8_t* lines = block + j * 4 * kLineBytes + (half + l) * kLineBytes;
-    ask_always<kRows>(lines, ahead);
-    ask_always<kRows>(lines + 2 * kLineBytes, ahead);
+    if constexpr (kRows >= kPrefetchRows) ask_ahead<1>(lines, ahead);
+    if constexpr (kRows >= kPrefetchRows) ask_ahead<1>(lines + 2 * kLineBytes, ahead);
     if constexpr (kDotsByRows) {
       Dot4 dot[kRows][1];
 #pragma GCC unroll 8

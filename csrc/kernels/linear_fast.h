@@ -154,7 +154,7 @@ inline void fast_step(const Step& s) {
   const Format& f = *s.args.format;
   const Tables tables = tables_of(f);
   const int64_t groups = f.k_padded / f.group;
-  for_passes(s.begin, s.end, s.sums, [&](auto& acc, int half, int64_t row) {
+  for_passes(s, s.begin, s.end, [&](auto& acc, int half, int64_t row) {
     if (s.end - s.begin > kShareRows) prefetch_share(s, row);
     const uint16_t* x = s.args.pairs.x + row * f.k_padded + s.k;
     if (f.scale_kind == ScaleKind::sub16) {

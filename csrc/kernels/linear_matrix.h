@@ -10,6 +10,7 @@ namespace {
 
 /// Integer sums of the units of a span, [unit][kMostMatrixRows][kTile], from a pass's first row on.
 struct MadeDots {
+  static constexpr int64_t unit = 0;
   const int32_t* sums;
 
   template <int kRows, int kLines>
@@ -55,22 +56,24 @@ SLMOPS_INLINE void for_blocks(const Step& s, const M& matrix, const Span& span,
       }
       sums += kMostMatrixRows * kTile;
     }
-    for_passes(row, first + rows, s.sums + (row - s.begin) * kTile,
-               [&](auto& acc, int half, int64_t r) {
-                 pass(acc, half, r, MadeDots{span.sums + (r - first) * kTile});
-               });
+    for_passes(s, row, first + rows, [&](auto& acc, int half, int64_t r) {
+      pass(acc, half, r, MadeDots{span.sums + (r - first) * kTile});
+    });
     row = first + rows;
   }
 }
 
-/// Calls body(span) for the spans of a chunk; the sums stand behind `used` bytes of room.
+/// Calls body(part, span) for the spans of a chunk, `part` being the step of one; the sums stand
+/// behind `used` bytes of room.
 template <class Body>
 SLMOPS_INLINE void for_spans(const Step& s, int64_t used, const Body& body) {
   const int64_t length = matrix_span(*s.args.format);
   int32_t* sums = reinterpret_cast<int32_t*>(s.room + used);
   for (int64_t k = 0; k < s.chunk.count; k += length) {
     const int64_t left = s.chunk.count - k;
-    body(Span{k, left < length ? left : length, sums});
+    Step part = s;
+    part.finish = s.finish && left <= length;
+    body(part, Span{k, left < length ? left : length, sums});
   }
 }
 
@@ -92,7 +95,7 @@ inline void group_step(const Step& s, const M& matrix) {
   const int64_t unit = matrix_unit(f);
   const int64_t room = kBits == 4 ? matrix_span(f) * kTile : 0;
   GroupWalk walk = {s.chunk.lines, 0, 0};
-  for_spans(s, room, [&](const Span& span) {
+  for_spans(s, room, [&](const Step& part, const Span& span) {
     const GroupWalk start = walk;
     const uint8_t* unit_lines[kMostMatrixUnits];
     for (int64_t i = 0; i * unit < span.count; ++i, walk.advance(f, unit)) {
@@ -104,7 +107,7 @@ inline void group_step(const Step& s, const M& matrix) {
       }
     }
     for_blocks(
-        s, matrix, span, [&](int64_t i) { return unit_lines[i]; },
+        part, matrix, span, [&](int64_t i) { return unit_lines[i]; },
         [&](auto& acc, int half, int64_t row, MadeDots dots) {
           if (span.begin == 0 && s.end - s.begin > kShareRows) prefetch_share(s, row);
           group_pass<kBits, kZero>(f, start, span.begin + span.count, half, dots,
@@ -119,16 +122,17 @@ inline void sub16_step(const Step& s, const M& matrix) {
   const int64_t unit = matrix_unit(f);
   expand_chunk(s.chunk, s.room, store_lines);
   const int64_t length = chunk_length(f);
-  for_spans(s, (length < f.k_padded ? length : f.k_padded) * kTile, [&](const Span& span) {
-    const Chunk lines = {s.room + span.begin * kTile, span.count};
-    for_blocks(
-        s, matrix, span, [&](int64_t i) { return lines.lines + i * unit * kTile; },
-        [&](auto& acc, int half, int64_t row, MadeDots dots) {
-          if (span.begin == 0) prefetch_share(s, row);
-          expanded_pass(f, lines, half, dots, s.expanded_rows_at(row, span.begin / f.act_group),
-                        acc);
-        });
-  });
+  for_spans(s, (length < f.k_padded ? length : f.k_padded) * kTile,
+            [&](const Step& part, const Span& span) {
+              const Chunk lines = {s.room + span.begin * kTile, span.count};
+              for_blocks(
+                  part, matrix, span, [&](int64_t i) { return lines.lines + i * unit * kTile; },
+                  [&](auto& acc, int half, int64_t row, MadeDots dots) {
+                    if (span.begin == 0) prefetch_share(s, row);
+                    expanded_pass(f, lines, half, dots,
+                                  s.expanded_rows_at(row, span.begin / f.act_group), acc);
+                  });
+            });
 }
 
 }  // namespace

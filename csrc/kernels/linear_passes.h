@@ -14,6 +14,9 @@ struct Chunk {
   int64_t count;  // of k
 };
 
+/// k of the shortest unit of `group` formats; others have a multiple.
+constexpr int64_t kShortUnit = 32;
+
 /// Rows of a pass, each pointer at its first row and the chunk's first k.
 struct PassRows {
   const int8_t* codes;
@@ -68,27 +71,56 @@ struct GroupWalk {
   }
 };
 
-/// The integer dots of a unit, `k` of the chunk behind it, are added to `sum`. Passes ask for
-/// units in order.
-template <int kBits>
+/// The integer dots of a unit, `k` of the chunk behind it, are added to `sum`, in kSums of which
+/// their quads take turns. Passes ask for units in order; all have kUnit k, unless that is 0.
+template <int kBits, int kSums = 1, int64_t kUnit = 0>
 struct LineDots {
+  static constexpr int64_t unit = kUnit;
   const int8_t* codes;
   int64_t stride, ahead;
 
   template <int kRows, int kLines>
-  SLMOPS_INLINE void add(const uint8_t* lines, int half, int64_t k, int64_t unit,
+  SLMOPS_INLINE void add(const uint8_t* lines, int half, int64_t k, int64_t count,
                          I32 (&sum)[kRows][kLines]) const {
-    lines += half * kLineBytes;
-    const int8_t* at = codes + k;
-    for (const int8_t* end = at + unit; at < end; lines += 8 * kLineBytes) {
-      if constexpr (kBits == 4) {
-        add_int4<kRows, kLines>(lines, at, stride, ahead, sum);
-        at += 32;
-      } else {
-        add_int8<kRows, kLines>(lines, at, stride, ahead, sum);
-        at += 16;
+    I32 sums[kSums][kRows][kLines];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l) {
+        sums[0][r][l] = sum[r][l];
+        if constexpr (kSums == 2) sums[1][r][l] = splat_i32(0);
       }
     }
+    lines += half * kLineBytes;
+    const int8_t* at = codes + k;
+    if constexpr (kUnit != 0) {
+#pragma GCC unroll 2
+      for (int64_t i = 0; i < kUnit; i += kLinesK) {
+        add_lines(lines + i / kLinesK * 8 * kLineBytes, at + i, sums);
+      }
+    } else {
+      for (const int8_t* end = at + count; at < end; at += kLinesK, lines += 8 * kLineBytes) {
+        add_lines(lines, at, sums);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l) {
+        sum[r][l] = sums[0][r][l];
+        if constexpr (kSums == 2) sum[r][l] = sum[r][l] + sums[1][r][l];
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kLinesK = kBits == 4 ? 32 : 16;
+
+  template <int kRows, int kLines>
+  SLMOPS_INLINE void add_lines(const uint8_t* lines, const int8_t* at,
+                               I32 (&sums)[kSums][kRows][kLines]) const {
+    if constexpr (kBits == 4) return add_int4(lines, at, stride, ahead, sums);
+    add_int8(lines, at, stride, ahead, sums);
   }
 };
 
@@ -100,7 +132,7 @@ SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, Dots&
                                const int32_t* presets, int64_t preset_stride,
                                F32 (&t)[kRows][kLines]) {
   constexpr int64_t kLineK = kBits == 4 ? 8 : 4;
-  const int64_t unit = preset_unit(f);
+  const int64_t unit = Dots::unit != 0 ? Dots::unit : preset_unit(f);
   const int64_t scale_offset = f.group / kLineK * 2 * kLineBytes + half * 32;
   const bool small = has_small_sums(unit);
 #pragma GCC unroll 8

@@ -9,66 +9,6 @@ namespace {
 template <int kRows>
 constexpr int kPassLines = kRows <= kWideRows ? 2 : 1;
 
-template <class Body>
-SLMOPS_NOINLINE void outlined(const Body& body) {
-  body();
-}
-
-/// for_passes where several passes in one function would share its registers badly (g++ 12,
-/// AArch64: 4 rows of sub16 1.4 times the instructions): each is a function of its own.
-template <class Pass>
-SLMOPS_INLINE void for_outlined_passes(int64_t begin, int64_t end, float* sums, const Pass& pass) {
-  for (int64_t row = begin; row < end; row += kMaxRows) {
-    with_constant<kMaxRows>(end - row < kMaxRows ? end - row : kMaxRows, [&](auto count) {
-      constexpr int kRows = decltype(count)::value, kLines = kPassLines<kRows>;
-      for (int half = 0; half < 2; half += kLines) {
-        outlined([&]() {
-          float* mine = sums + (row - begin) * kTile + half * kLanes;
-          F32 acc[kRows][kLines];
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-            for (int l = 0; l < kLines; ++l) acc[r][l] = load(mine + r * kTile + l * kLanes);
-          }
-          pass(acc, half, row);
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-            for (int l = 0; l < kLines; ++l) store(mine + r * kTile + l * kLanes, acc[r][l]);
-          }
-        });
-      }
-    });
-  }
-}
-
-/// Calls pass(acc, half, row) for all rows, kMaxRows at a time, and all halves; `sums` has 32 per
-/// row.
-template <class Pass>
-SLMOPS_INLINE void for_passes(int64_t begin, int64_t end, float* sums, const Pass& pass) {
-  if constexpr (kBlocks) return for_outlined_passes(begin, end, sums, pass);
-  for (int64_t row = begin; row < end; row += kMaxRows) {
-    with_constant<kMaxRows>(end - row < kMaxRows ? end - row : kMaxRows, [&](auto count) {
-      constexpr int kRows = decltype(count)::value, kLines = kPassLines<kRows>;
-      for (int half = 0; half < 2; half += kLines) {
-        float* mine = sums + (row - begin) * kTile + half * kLanes;
-        F32 acc[kRows][kLines];
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-          for (int l = 0; l < kLines; ++l) acc[r][l] = load(mine + r * kTile + l * kLanes);
-        }
-        pass(acc, half, row);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-          for (int l = 0; l < kLines; ++l) store(mine + r * kTile + l * kLanes, acc[r][l]);
-        }
-      }
-    });
-  }
-}
-
 /// A block of rows at one chunk of a tile.
 struct Step {
   const LinearArgs& args;
@@ -79,6 +19,9 @@ struct Step {
   int64_t chunk_bytes;
   int64_t k, act_group, unit;                            // the chunk's first
   int64_t act_groups, presets_per_row, presets_per_act;  // of a whole row, of an activation group
+  int64_t first_output;
+  const uint8_t* own_scales;  // of sub16 outputs
+  bool finish;                // rows, once they have been added to
 
   /// How far ahead of its reads a pass of kRows rows asks for lines; 0: it does not. What several
   /// passes read is in the cache.
@@ -107,6 +50,100 @@ struct Step {
     return rows;
   }
 };
+
+/// Own scales of sub16 outputs, bias, the one rounding to the output's type. A function of its own,
+/// so that it takes no registers from the passes.
+SLMOPS_NOINLINE void finish_rows(const Step& s, int64_t begin, int64_t end) {
+  const LinearArgs& args = s.args;
+  const Format& f = *args.format;
+  for (int half = 0; half < 2; ++half) {
+    const int64_t n = s.first_output + half * kLanes;
+    const int64_t count = f.n - n < kLanes ? f.n - n : kLanes;
+    if (count <= 0) return;
+    F32 own = splat(1.0f), bias = splat(0.0f);
+    if (f.scale_kind == ScaleKind::sub16) {
+      own = load(reinterpret_cast<const float*>(s.own_scales + half * 64));
+    }
+    if (args.bias != nullptr) {
+      bias = count == kLanes ? load_as(args.bias_type, args.bias, n)
+                             : load_tail(args.bias_type, args.bias, n, count);
+    }
+    for (int64_t row = begin; row < end; ++row) {
+      F32 y = load(s.sums_at(row) + half * kLanes);
+      if (f.scale_kind == ScaleKind::sub16) y = y * own;
+      if (args.bias != nullptr) y = y + bias;
+      const int64_t at = (row - args.first_row) * args.out_stride + n - args.first_output;
+      if (count == kLanes) {
+        store_as(args.out_type, args.out, at, y);
+      } else {
+        store_tail(args.out_type, args.out, at, y, count);
+      }
+    }
+  }
+}
+
+template <class Body>
+SLMOPS_NOINLINE void outlined(const Body& body) {
+  body();
+}
+
+/// for_passes where several passes in one function would share its registers badly (g++ 12,
+/// AArch64: 4 rows of sub16 1.4 times the instructions): each is a function of its own.
+template <class Pass>
+SLMOPS_INLINE void for_outlined_passes(const Step& s, int64_t begin, int64_t end,
+                                       const Pass& pass) {
+  for (int64_t row = begin; row < end; row += kMaxRows) {
+    with_constant<kMaxRows>(end - row < kMaxRows ? end - row : kMaxRows, [&](auto count) {
+      constexpr int kRows = decltype(count)::value, kLines = kPassLines<kRows>;
+      for (int half = 0; half < 2; half += kLines) {
+        outlined([&]() {
+          float* mine = s.sums_at(row) + half * kLanes;
+          F32 acc[kRows][kLines];
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+            for (int l = 0; l < kLines; ++l) acc[r][l] = load(mine + r * kTile + l * kLanes);
+          }
+          pass(acc, half, row);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+            for (int l = 0; l < kLines; ++l) store(mine + r * kTile + l * kLanes, acc[r][l]);
+          }
+        });
+      }
+      if (s.finish) finish_rows(s, row, row + kRows);
+    });
+  }
+}
+
+/// Calls pass(acc, half, row) for rows [begin, end) of the step, kMaxRows at a time, and all
+/// halves.
+template <class Pass>
+SLMOPS_INLINE void for_passes(const Step& s, int64_t begin, int64_t end, const Pass& pass) {
+  if constexpr (kBlocks) return for_outlined_passes(s, begin, end, pass);
+  for (int64_t row = begin; row < end; row += kMaxRows) {
+    with_constant<kMaxRows>(end - row < kMaxRows ? end - row : kMaxRows, [&](auto count) {
+      constexpr int kRows = decltype(count)::value, kLines = kPassLines<kRows>;
+      for (int half = 0; half < 2; half += kLines) {
+        float* mine = s.sums_at(row) + half * kLanes;
+        F32 acc[kRows][kLines];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+          for (int l = 0; l < kLines; ++l) acc[r][l] = load(mine + r * kTile + l * kLanes);
+        }
+        pass(acc, half, row);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+          for (int l = 0; l < kLines; ++l) store(mine + r * kTile + l * kLanes, acc[r][l]);
+        }
+      }
+      if (s.finish) finish_rows(s, row, row + kRows);
+    });
+  }
+}
 
 constexpr int64_t kShareRows = 64;
 constexpr int kNextLines = 16;  // 0 to 6 % of the time of 1 to 4 rows; 64 cost 10 % (Zen 4)

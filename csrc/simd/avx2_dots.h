@@ -10,6 +10,7 @@ constexpr int kWideRows = 1;  // 4 rows x 16 outputs: 8 int16 sums, 4 weights, 1
 constexpr int kSubBlockRows = 0;
 constexpr int kStreamRows = 1;  // with more, each half of a tile is a pass of its own
 constexpr int32_t kDot8Bias = 128;
+constexpr int kLongSums = 1;
 constexpr int kExpandRows = 0;  // a u8 dot takes two multiplies and a sign here, a u4 dot one
 
 /// int16 pairs: 8 products of 15 * 127 * 2 reach 30480, so a sum of 8 cannot saturate.

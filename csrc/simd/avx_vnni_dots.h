@@ -10,6 +10,7 @@ constexpr int kWideRows = 1;  // 4 rows x 16 outputs: 8 sums, 4 weights, 1 broad
 constexpr int kSubBlockRows = 0;
 constexpr int kStreamRows = 1;  // with more, each half of a tile is a pass of its own
 constexpr int32_t kDot8Bias = 0;
+constexpr int kLongSums = 1;
 constexpr int kExpandRows = 17;
 
 struct Dot4 {

@@ -22,6 +22,7 @@ constexpr int kWideRows = 1;
 constexpr bool kDotsByRows = true;
 constexpr int kSubBlockRows = 0;
 constexpr int kStreamRows = 1;
+constexpr int kLongSums = 1;
 constexpr int kExpandRows = 0;
 constexpr int kFloatSums = 4;
 

@@ -29,6 +29,9 @@ constexpr int kStreamRows = 0;
 /// dot8 computes sum a * (u - kDot8Bias): 0 where the machine takes u as unsigned, 128 where as
 /// signed.
 constexpr int32_t kDot8Bias = 128;
+/// Sums that a pass of kMaxRows rows adds the dots of a long unit to in turn, 1 or 2: more of them
+/// are under way at once than the sums of a pass.
+constexpr int kLongSums = 1;
 /// Rows from which sub16 lines are expanded to int8 once for all of them; 0: never (a u8 dot costs
 /// more than a u4 dot).
 constexpr int kExpandRows = 0;
