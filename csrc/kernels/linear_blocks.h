@@ -333,7 +333,7 @@ SLMOPS_INLINE int64_t for_blocks_of_8(const Step& s, const Prepare& prepare, con
     }
     run(at);
     if (at == padded) memcpy(sums, padded, bytes);
-    if (s.finish) finish_rows(s, row, row + present);
+    if (s.finish) finish_pass(s, row, row + present);
   }
   return row < s.end ? row : s.end;
 }

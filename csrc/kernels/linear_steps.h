@@ -51,9 +51,8 @@ struct Step {
   }
 };
 
-/// Own scales of sub16 outputs, bias, the one rounding to the output's type. A function of its own,
-/// so that it takes no registers from the passes.
-SLMOPS_NOINLINE void finish_rows(const Step& s, int64_t begin, int64_t end) {
+/// Own scales of sub16 outputs, bias, the one rounding to the output's type.
+SLMOPS_INLINE void finish_rows(const Step& s, int64_t begin, int64_t end) {
   const LinearArgs& args = s.args;
   const Format& f = *args.format;
   for (int half = 0; half < 2; ++half) {
@@ -80,6 +79,11 @@ SLMOPS_NOINLINE void finish_rows(const Step& s, int64_t begin, int64_t end) {
       }
     }
   }
+}
+
+/// The same as a function of its own, which takes no registers from a pass.
+SLMOPS_NOINLINE void finish_pass(const Step& s, int64_t begin, int64_t end) {
+  finish_rows(s, begin, end);
 }
 
 template <class Body>
@@ -112,7 +116,7 @@ SLMOPS_INLINE void for_outlined_passes(const Step& s, int64_t begin, int64_t end
           }
         });
       }
-      if (s.finish) finish_rows(s, row, row + kRows);
+      if (s.finish) finish_pass(s, row, row + kRows);
     });
   }
 }
@@ -140,7 +144,7 @@ SLMOPS_INLINE void for_passes(const Step& s, int64_t begin, int64_t end, const P
           for (int l = 0; l < kLines; ++l) store(mine + r * kTile + l * kLanes, acc[r][l]);
         }
       }
-      if (s.finish) finish_rows(s, row, row + kRows);
+      if (s.finish) finish_pass(s, row, row + kRows);
     });
   }
 }
