@@ -54,10 +54,13 @@ inline void split_rows(const AttentionArgs& args, const Item& item, int64_t firs
     key_products<kRows>(w.q + row * args.d, k, args.d, keys.begin, keys.end, args.scale, w.scores);
     bool positive = true;
     for (int64_t i = 0; i < count; ++i) {
-      float* s = w.scores + i * kScoreStride;
-      mask_scores(args, item, row + i, first, blocks, w, s);
-      positive &= softmax(blocks, s, w.parts + i * w.part);
+      mask_scores(args, item, row + i, first, blocks, w, w.scores + i * kScoreStride);
     }
+    for_softmax_rows(count, [&](auto together, int64_t i) {
+      constexpr int kTogether = decltype(together)::value;
+      positive &=
+          softmax<kTogether>(blocks, w.scores + i * kScoreStride, w.parts + i * w.part, w.part);
+    });
     float* out = w.parts + kLanes;
     if (positive || values_are_finite(v, seen.begin, seen.end)) {
       value_products<kRows>(w.scores, v, seen.begin, seen.end, out, w.part);

@@ -108,55 +108,95 @@ inline void int8_key_products(const Int8Split& both, int64_t row, int64_t begin,
 }
 
 /// Scores to p = exp(s - max), max and sum into `part`, and p times the scale of v in place.
-/// Returns the bits of the largest of these, those of a NaN where a score is +inf or NaN.
-inline int32_t int8_softmax(Range blocks, const float* v_scale, float* s, float* part) {
-  const float m = largest_score(blocks, s);
-  part[0] = m;
-  if (m == -kInfinity) return 0;
-  if (m == kInfinity) {
-    part[1] = kNan;
-    return kInfinityBits;
+/// most[r]: the bits of the largest of these, those of a NaN where a score is +inf or NaN.
+template <int kRows>
+SLMOPS_INLINE void int8_softmax(Range blocks, const float* v_scale, float* s, float* part,
+                                int64_t part_stride, int32_t (&most)[kRows]) {
+  float m[kRows];
+  if (!largest_scores(blocks, s, m)) {
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (kRows > 1) {
+        int32_t own[1];
+        int8_softmax(blocks, v_scale, s + r * kScoreStride, part + r * part_stride, part_stride,
+                     own);
+        most[r] = own[0];
+      } else {
+        part[0] = m[r];
+        part[1] = kNan;
+        most[r] = m[r] < 0.0f ? 0 : kInfinityBits;
+      }
+    }
+    return;
   }
   const F32 zero = splat(0.0f);
-  F32 sums = zero;
-  I32 most = splat_i32(0);
-  for (int64_t i = blocks.begin; i < blocks.end; i += kLanes) {
-    const F32 p = exp_below(load(s + i) - splat(m));
-    sums = sums + p;
-    const F32 weight = select(zero < p, p * load(v_scale + i), zero);
-    store(s + i, weight);
-    most = max(most, bits_of(weight) & splat_i32(0x7fffffff));
+  F32 sums[kRows];
+  I32 largest[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    sums[r] = zero;
+    largest[r] = splat_i32(0);
   }
-  part[1] = reduce_add(sums);
-  return reduce_max(most);
+  for (int64_t i = blocks.begin; i < blocks.end; i += kLanes) {
+    const F32 scale = load(v_scale + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      float* at = s + r * kScoreStride + i;
+      const F32 p = exp_below(load(at) - splat(m[r]));
+      sums[r] = sums[r] + p;
+      const F32 weight = select(zero < p, p * scale, zero);
+      store(at, weight);
+      largest[r] = max(largest[r], bits_of(weight) & splat_i32(0x7fffffff));
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    part[r * part_stride] = m[r];
+    part[r * part_stride + 1] = reduce_add(sums[r]);
+    most[r] = reduce_max(largest[r]);
+  }
 }
 
-/// The codes of weights in 0 .. those of `most_bits`, at slots: position plus shift.
-inline void round_weights(Range blocks, Range slots, int64_t shift, int32_t most_bits,
-                          const float* weights, int64_t row, const Int8Workspace& w) {
+/// The codes of rows of weights in 0 .. those of most_bits[r], from `row` on, at slots: position
+/// plus shift.
+template <int kRows>
+SLMOPS_INLINE void round_weights(Range blocks, Range slots, int64_t shift,
+                                 const int32_t (&most_bits)[kRows], float* weights, int64_t row,
+                                 const Int8Workspace& w) {
   int8_t* high = w.high + row * kScoreStride;
   int8_t* low = w.low + row * kScoreStride;
-  const bool zero = most_bits < kTinyWeightBits || most_bits >= kInfinityBits;
-  // What of the blocks of slots is in no block of positions is at their ends.
-  memset(high + slots.begin, 0, kLanes);
-  memset(low + slots.begin, 0, kLanes);
-  memset(high + slots.end - kLanes, 0, kLanes);
-  memset(low + slots.end - kLanes, 0, kLanes);
-  float most;
-  memcpy(&most, &most_bits, sizeof(most));
-  w.value_factor[row] = most_bits >= kInfinityBits ? kNan : zero ? 0.0f : most / kTopWeight;
-  const F32 r = splat(zero ? 0.0f : kTopWeight / most);
-  I32 high_sum = splat_i32(0), low_sum = high_sum;
-  for (int64_t i = blocks.begin; i < blocks.end; i += kLanes) {
-    const I32 code = zero ? splat_i32(0) : round(load(weights + i) * r);
-    const I32 top = shift_right<7>(code), rest = code & splat_i32(127);
-    store_i8(high + i + shift, top);
-    store_i8(low + i + shift, rest);
-    high_sum = high_sum + top;
-    low_sum = low_sum + rest;
+  float factor[kRows];
+  I32 high_sum[kRows], low_sum[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    // What of the blocks of slots is in no block of positions is at their ends.
+    const auto clear_ends = [&](int8_t* codes) {
+      memset(codes + slots.begin, 0, kLanes);
+      memset(codes + slots.end - kLanes, 0, kLanes);
+    };
+    clear_ends(high + r * kScoreStride);
+    clear_ends(low + r * kScoreStride);
+    const bool tiny = most_bits[r] < kTinyWeightBits, nan = most_bits[r] >= kInfinityBits;
+    float most;
+    memcpy(&most, &most_bits[r], sizeof(most));
+    w.value_factor[row + r] = nan ? kNan : tiny ? 0.0f : most / kTopWeight;
+    factor[r] = tiny || nan ? 0.0f : kTopWeight / most;
+    for (int64_t i = blocks.begin; nan && i < blocks.end; i += kLanes) {
+      store(weights + r * kScoreStride + i, splat(0.0f));
+    }
+    high_sum[r] = low_sum[r] = splat_i32(0);
   }
-  w.high_preset[row] = (kDot8Bias - 128) * reduce_add(high_sum);
-  w.low_preset[row] = (kDot8Bias - 128) * reduce_add(low_sum);
+  for (int64_t i = blocks.begin; i < blocks.end; i += kLanes) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const I32 code = round(load(weights + r * kScoreStride + i) * splat(factor[r]));
+      const I32 top = shift_right<7>(code), rest = code & splat_i32(127);
+      store_i8(high + r * kScoreStride + i + shift, top);
+      store_i8(low + r * kScoreStride + i + shift, rest);
+      high_sum[r] = high_sum[r] + top;
+      low_sum[r] = low_sum[r] + rest;
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    w.high_preset[row + r] = (kDot8Bias - 128) * reduce_add(high_sum[r]);
+    w.low_preset[row + r] = (kDot8Bias - 128) * reduce_add(low_sum[r]);
+  }
 }
 
 /// w.parts[row] = sum of the codes of p and v over slots [begin, end), whole blocks, times the
@@ -206,11 +246,14 @@ inline void int8_split_rows(const AttentionArgs& args, const Item& item, int64_t
     constexpr int kRows = decltype(rows)::value;
     int8_key_products<kRows>(both, row, slots.begin, slots.end, w);
     for (int64_t i = 0; i < count; ++i) {
-      float* s = w.scores + i * kScoreStride;
-      mask_scores(args, item, row + i, first, blocks, w, s);
-      const int32_t most = int8_softmax(blocks, w.int8.v_scale, s, w.parts + i * w.part);
-      round_weights(blocks, slots, both.shift, most, s, i, w.int8);
+      mask_scores(args, item, row + i, first, blocks, w, w.scores + i * kScoreStride);
     }
+    for_softmax_rows(count, [&](auto together, int64_t i) {
+      float* s = w.scores + i * kScoreStride;
+      int32_t most[decltype(together)::value];
+      int8_softmax(blocks, w.int8.v_scale, s, w.parts + i * w.part, w.part, most);
+      round_weights(blocks, slots, both.shift, most, s, i, w.int8);
+    });
     int8_value_products<kRows>(both, slots.begin, slots.end, w);
   });
 }
