@@ -48,12 +48,19 @@ inline Int8Split find_int8(const AttentionArgs& args, const Item& item, int64_t 
           width, item.rows() <= kBlockRows ? args.read_ahead : 0};
 }
 
+/// What a product asks for ahead of its reads: of each quad of codes and vector a line, `step` and
+/// `next` bytes apart. It is their order in memory, in which the hardware's own prefetching
+/// follows.
+struct Asked {
+  const uint8_t* data;
+  int64_t step, next, ahead;
+};
+
 /// sum[r][j] += the dots of 16 * count codes of row r with lines: `step` bytes to the next 4 codes,
 /// `next` bytes to those of the next vector. kAsk: they are read for the first time.
 template <bool kAsk, int kRows, int kVectors>
 SLMOPS_INLINE void add_dots(const int8_t* codes, int64_t stride, const uint8_t* lines, int64_t step,
-                            int64_t next, int64_t count, int64_t ahead,
-                            I32 (&sum)[kRows][kVectors]) {
+                            int64_t next, int64_t count, Asked asked, I32 (&sum)[kRows][kVectors]) {
   for (int64_t i = 0; i < count; ++i, codes += kLanes) {
     Codes a[kRows];
 #pragma GCC unroll 8
@@ -63,9 +70,10 @@ SLMOPS_INLINE void add_dots(const int8_t* codes, int64_t stride, const uint8_t* 
       Bytes x[kVectors];
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {
-        if constexpr (kAsk) ask_ahead(lines, j * next, ahead);
+        if constexpr (kAsk) ask_ahead(asked.data, j * asked.next, asked.ahead);
         x[j] = bytes(load_line(lines + j * next));
       }
+      if constexpr (kAsk) asked.data += asked.step;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -92,8 +100,9 @@ inline void int8_key_products(const Int8Split& both, int64_t row, int64_t begin,
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sum[r][j] = splat_i32(preset[r]);
     }
-    add_dots<true>(q, kCodeStride, both.keys + i * width, 4 * kKeyBlock, kKeyBlock * width,
-                   width / kLanes, both.ahead, sum);
+    const uint8_t* lines = both.keys + i * width;
+    add_dots<true>(q, kCodeStride, lines, 4 * kKeyBlock, kKeyBlock * width, width / kLanes,
+                   Asked{lines, kVectors * kLineBytes, kLineBytes, both.ahead}, sum);
     const int64_t position = i - both.shift;
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
@@ -214,15 +223,15 @@ inline void int8_value_products(const Int8Split& both, int64_t begin, int64_t en
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sum[r][j] = splat_i32(w.int8.high_preset[r]);
     }
-    add_dots<true>(w.int8.high + begin, kScoreStride, lines, step, 4 * kLanes, count, both.ahead,
-                   sum);
+    add_dots<true>(w.int8.high + begin, kScoreStride, lines, step, 4 * kLanes, count,
+                   Asked{lines, step, kLineBytes, both.ahead}, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const I32 preset = splat_i32(w.int8.low_preset[r]);
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sum[r][j] = shift_left<7>(sum[r][j]) + preset;
     }
-    add_dots<false>(w.int8.low + begin, kScoreStride, lines, step, 4 * kLanes, count, 0, sum);
+    add_dots<false>(w.int8.low + begin, kScoreStride, lines, step, 4 * kLanes, count, Asked{}, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const F32 factor = splat(w.int8.value_factor[r]);

@@ -94,9 +94,10 @@ inline void key_products(const float* q, const Keys& keys, int64_t d, int64_t be
         F32 x[kVectors];
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) {
-          const int64_t at = i * d + (j * d + e) * kLanes;
-          ask_ahead(keys.data, at * size_of(kType), keys.ahead);
-          x[j] = load_as(kType, keys.data, at);
+          // In the order of memory, in which the hardware's own prefetching follows.
+          const int64_t asked = i * d + (e * kVectors + j) * kLanes;
+          ask_ahead(keys.data, asked * size_of(kType), keys.ahead);
+          x[j] = load_as(kType, keys.data, i * d + (j * d + e) * kLanes);
         }
         add_products(q + e, d, x, sum);
       }
