@@ -130,6 +130,37 @@ SLMOPS_INLINE void add_sub16(const uint8_t* block, int j, int half, const int8_t
                              int64_t stride, const int32_t* presets, int64_t preset_stride,
                              int64_t ahead, I32 (&sum)[kRows][kLines]) {
   if constexpr (kRows < kPrefetchRows) ask_ahead<4>(block + j * 4 * kLineBytes, ahead);
+  if constexpr (kLines == 2 && !kDotsByRows) {  // each quad of codes is loaded once for both
+    Dot4 dot[kRows][2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      Line low[2], high[2];
+#pragma GCC unroll 2
+      for (int l = 0; l < 2; ++l) {
+        const uint8_t* line = block + (4 * j + 2 * i + half + l) * kLineBytes;
+        if constexpr (kRows >= kPrefetchRows) ask_ahead<1>(line, ahead);
+        const Line both = load_line(line);
+        low[l] = low_nibbles(both);
+        high[l] = high_nibbles(both);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Codes a = load_codes(codes + r * stride);
+#pragma GCC unroll 2
+        for (int l = 0; l < 2; ++l) {
+          if (i == 0) dot[r][l] = sub_begin(presets[r * preset_stride]);
+          dot[r][l] = dot4(dot4(dot[r][l], low[l], a, 2 * i), high[l], a, 2 * i + 1);
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int l = 0; l < 2; ++l) {
+      const auto sub = sub_scales(block + 16 * kLineBytes + (half + l) * 32, j);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum[r][l] = sub_end(sum[r][l], dot[r][l], sub);
+    }
+    return;
+  }
   // A line at a time: four of them unpacked are half of the registers of AVX2.
 #pragma GCC unroll 2
   for (int l = 0; l < kLines; ++l) {
