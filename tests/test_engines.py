@@ -91,6 +91,9 @@ def test_registry_names_scripts_that_are_there() -> None:
 def test_prompts_are_the_same_for_all() -> None:
     assert tokens(3, 2, 5, 100) == tokens(3, 2, 5, 100) != tokens(4, 2, 5, 100)
     assert {len(prompt) for prompt in tokens(3, 2, 5, 100)} == {5}
+    # An engine that keeps what it has read has read no part of it.
+    assert tokens(3, 2, 5, 100)[0] != tokens(3, 2, 9, 100)[0][:5]
+    assert tokens(3, 2, 5, 100)[0] != tokens(3, 4, 5, 100)[0]
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:

@@ -34,8 +34,11 @@ class Engine(Protocol):
 
 
 def tokens(seed: int, batch: int, length: int, vocabulary: int) -> list[list[int]]:
-    """Random prompts, the same for all engines."""
-    draw = random.Random(seed)
+    """Random prompts, the same for all engines; none begins as one of another length or batch does.
+
+    Engines that keep what they have read would not read such a beginning again.
+    """
+    draw = random.Random(f"{seed} {batch} {length}")
     return [[draw.randrange(4, vocabulary) for _ in range(length)] for _ in range(batch)]
 
 
