@@ -75,6 +75,7 @@ _LLAMA = {"script": "llama_cpp_worker.py", "environment": "llama.cpp"}
 
 ENGINES = (
     _slmops("slmops int4", weights="int4", lm_head="int4"),
+    _slmops("slmops int4, int8 keys", weights="int4", lm_head="int4", kv_cache="int8"),
     _slmops("slmops int4, int8 head", weights="int4"),
     _slmops("slmops int8", weights="int8"),
     EngineKind("transformers bf16", "torch_worker.py", options={"kind": "bf16"}),

@@ -18,11 +18,13 @@ inline void merge(const float* part, float* state, int64_t floats) {
     memcpy(state, part, static_cast<size_t>(floats) * sizeof(float));
     return;
   }
-  const float m = state[0] > part[0] ? state[0] : part[0];
-  const F32 a = exp(splat(state[0] - m)), b = exp(splat(part[0] - m));
+  // Of exp(state's maximum - m) and exp(part's - m) one is exp(0), which is 1.
+  const bool more = part[0] > state[0];
+  const F32 one = splat(1.0f), e = exp(splat(more ? state[0] - part[0] : part[0] - state[0]));
+  const F32 a = more ? e : one, b = more ? one : e;
+  if (more) state[0] = part[0];
   float sum[kLanes];
   store(sum, fma(splat(state[1]), a, splat(part[1]) * b));
-  state[0] = m;
   state[1] = sum[0];
   for (int64_t i = kLanes; i < floats; i += kLanes) {
     store(state + i, fma(load(state + i), a, load(part + i) * b));

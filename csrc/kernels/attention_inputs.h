@@ -188,7 +188,7 @@ inline Keys find_blocked_keys(const AttentionArgs& args, const HeadRows& k, int6
   if (rows <= kBlockRows) return {data, k.type, shift, args.read_ahead};
   const int64_t to = (first + seen.end + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
   convert(data, k.type, w.keys, DType::f32, (to - from) * d);
-  return {reinterpret_cast<const uint8_t*>(w.keys), DType::f32, shift, 0};
+  return {reinterpret_cast<const uint8_t*>(w.keys), DType::f32, shift, kCached};
 }
 
 /// Positions `seen` of the split, 16 by 16 transposed, into w.keys; zeros around them.
@@ -217,7 +217,7 @@ inline Keys load_keys(const HeadRows& k, int64_t first, Range seen, int64_t d, c
       }
     }
   });
-  return {reinterpret_cast<const uint8_t*>(w.keys), DType::f32, 0, 0};
+  return {reinterpret_cast<const uint8_t*>(w.keys), DType::f32, 0, kCached};
 }
 
 /// Where the products read v: in place where its rows are whole vectors, read once; else from
@@ -234,7 +234,7 @@ inline Values load_values(const AttentionArgs& args, const HeadRows& v, int64_t 
       });
     }
   });
-  return {reinterpret_cast<const uint8_t*>(w.values), DType::f32, w.v_stride, 0, args.dv, 0};
+  return {reinterpret_cast<const uint8_t*>(w.values), DType::f32, w.v_stride, 0, args.dv, kCached};
 }
 
 }  // namespace

@@ -45,7 +45,7 @@ inline Int8Split find_int8(const AttentionArgs& args, const Item& item, int64_t 
     return x.codes + item.b * x.batch_stride + item.kv_head * x.head_stride + from * width;
   };
   return {place(args.k_int8, w.int8.k_scale), place(args.v_int8, w.int8.v_scale), first - from,
-          width, item.rows() <= kBlockRows ? args.read_ahead : 0};
+          width, item.rows() <= kBlockRows ? args.read_ahead : kCached};
 }
 
 /// What a product asks for ahead of its reads: of each quad of codes and vector a line, `step` and

@@ -19,7 +19,7 @@ constexpr int64_t kLargestHead = 256;
 constexpr int64_t kLargestPosition = int64_t{1} << 53;
 // Rows of an item: enough to make its copy of keys and values cheap (3 % of the products), few
 // enough to stay with it in a second-level cache of 512 KiB.
-constexpr int64_t kItemRows = 128;
+constexpr int64_t kItemRows = 256;
 // Items per worker below which the splits of the keys are shared out too.
 constexpr int64_t kLeastItems = 4;
 
