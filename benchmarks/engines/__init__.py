@@ -24,6 +24,7 @@ LONG = (
     *SHORT,
     Case(128, 0),
     Case(2048, 0),
+    Case(4096, 0),
     Case(4096, 32),
     Case(128, 0, batch=4),
     Case(8, 64, batch=4),
