@@ -201,7 +201,7 @@ void test_matrix(int cases) {
     Format f = random_format(random);
     f.activations = Activations::int8;
     f.n = random.integer(17, 33);
-    f.k = random.integer(1, 1100);
+    f.k = random.integer(1, 1700);
     if (f.scale_kind == ScaleKind::group) f.group = random.pick({32, 64, 96, 128, 256, 512, 1120});
     const int64_t block = scale_block(f);
     f.act_group = random.pick({32, 64, 128, static_cast<int>((f.k + block - 1) / block * block)});
