@@ -186,7 +186,8 @@ SLMOPS_INLINE void round_weights(Range blocks, Range slots, int64_t shift,
     memcpy(&most, &most_bits[r], sizeof(most));
     w.value_factor[row + r] = nan ? kNan : tiny ? 0.0f : most / kTopWeight;
     factor[r] = tiny || nan ? 0.0f : kTopWeight / most;
-    for (int64_t i = blocks.begin; nan && i < blocks.end; i += kLanes) {
+    // They may be anything where the row's scores are infinite.
+    for (int64_t i = blocks.begin; (tiny || nan) && i < blocks.end; i += kLanes) {
       store(weights + r * kScoreStride + i, splat(0.0f));
     }
     high_sum[r] = low_sum[r] = splat_i32(0);
