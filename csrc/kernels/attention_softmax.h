@@ -70,14 +70,13 @@ SLMOPS_INLINE bool largest_scores(Range blocks, const float* s, float (&m)[kRows
 /// exp(x) for an x that is no NaN and not above 0.
 SLMOPS_INLINE F32 exp_below(F32 x) { return exp_inside(max(x, splat(-104.0f))); }
 
-/// p of a row whose largest score m is infinite; returns whether no p is 0.
-inline bool infinite_softmax(Range blocks, float m, float* s, float* part) {
+/// p of a row whose largest score m is infinite.
+inline void infinite_softmax(Range blocks, float m, float* s, float* part) {
   part[0] = m;
-  if (m < 0.0f) return true;    // nothing is seen
+  if (m < 0.0f) return;         // nothing is seen
   const F32 nan = splat(kNan);  // some p is a NaN, and so is the result
   for (int64_t i = blocks.begin; i < blocks.end; i += kLanes) store(s + i, nan);
   part[1] = kNan;
-  return true;
 }
 
 /// Scores to p = exp(s - max) in place, max and sum into `part`; returns whether no p is 0.
@@ -91,7 +90,7 @@ SLMOPS_INLINE bool softmax(Range blocks, float* s, float* part, int64_t part_str
       if constexpr (kRows > 1) {
         positive &= softmax<1>(blocks, row, own, part_stride);
       } else {
-        positive = infinite_softmax(blocks, m[r], row, own);
+        infinite_softmax(blocks, m[r], row, own);
       }
     }
     return positive;
