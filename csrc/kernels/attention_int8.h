@@ -181,13 +181,13 @@ SLMOPS_INLINE void round_weights(Range blocks, Range slots, int64_t shift,
     };
     clear_ends(high + r * kScoreStride);
     clear_ends(low + r * kScoreStride);
-    const bool tiny = most_bits[r] < kTinyWeightBits, nan = most_bits[r] >= kInfinityBits;
+    const bool nan = most_bits[r] >= kInfinityBits, zero = nan || most_bits[r] < kTinyWeightBits;
     float most;
     memcpy(&most, &most_bits[r], sizeof(most));
-    w.value_factor[row + r] = nan ? kNan : tiny ? 0.0f : most / kTopWeight;
-    factor[r] = tiny || nan ? 0.0f : kTopWeight / most;
+    w.value_factor[row + r] = nan ? kNan : zero ? 0.0f : most / kTopWeight;
+    factor[r] = zero ? 0.0f : kTopWeight / most;
     // They may be anything where the row's scores are infinite.
-    for (int64_t i = blocks.begin; (tiny || nan) && i < blocks.end; i += kLanes) {
+    for (int64_t i = blocks.begin; zero && i < blocks.end; i += kLanes) {
       store(weights + r * kScoreStride + i, splat(0.0f));
     }
     high_sum[r] = low_sum[r] = splat_i32(0);

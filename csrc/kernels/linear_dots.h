@@ -21,6 +21,27 @@ SLMOPS_INLINE void ask_ahead(const uint8_t* lines, int64_t ahead) {
   for (int i = 0; i < kCount; ++i) prefetch(lines + ahead + i * kLineBytes);
 }
 
+/// The same of one line, in passes of kPrefetchRows rows and more; those of fewer ask for several
+/// at once.
+template <int kRows>
+SLMOPS_INLINE void ask_by_line(const uint8_t* line, int64_t ahead) {
+  if constexpr (kRows >= kPrefetchRows) ask_ahead<1>(line, ahead);
+}
+
+/// The nibbles of kLines lines, for a pass of kRows rows.
+template <int kRows, int kLines>
+SLMOPS_INLINE void load_nibbles(const uint8_t* lines, int64_t ahead, Line (&low)[kLines],
+                                Line (&high)[kLines]) {
+#pragma GCC unroll 2
+  for (int l = 0; l < kLines; ++l) {
+    const uint8_t* line = lines + l * kLineBytes;
+    ask_by_line<kRows>(line, ahead);
+    const Line both = load_line(line);
+    low[l] = low_nibbles(both);
+    high[l] = high_nibbles(both);
+  }
+}
+
 /// What a unit's integer sums start from, so that they end as sum of code * (u - z), or code * u
 /// for a float z or an offset; plus `bias`.
 template <int kBits, ZeroKind kZero>
@@ -63,14 +84,7 @@ SLMOPS_INLINE void add_int4(const uint8_t* lines, const int8_t* codes, int64_t s
       continue;
     }
     Line low[kLines], high[kLines];
-#pragma GCC unroll 2
-    for (int l = 0; l < kLines; ++l) {
-      const uint8_t* line = lines + j * 2 * kLineBytes + l * kLineBytes;
-      if constexpr (kRows >= kPrefetchRows) ask_ahead<1>(line, ahead);
-      const Line both = load_line(line);
-      low[l] = low_nibbles(both);
-      high[l] = high_nibbles(both);
-    }
+    load_nibbles<kRows>(lines + j * 2 * kLineBytes, ahead, low, high);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
@@ -135,14 +149,7 @@ SLMOPS_INLINE void add_sub16(const uint8_t* block, int j, int half, const int8_t
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       Line low[2], high[2];
-#pragma GCC unroll 2
-      for (int l = 0; l < 2; ++l) {
-        const uint8_t* line = block + (4 * j + 2 * i + half + l) * kLineBytes;
-        if constexpr (kRows >= kPrefetchRows) ask_ahead<1>(line, ahead);
-        const Line both = load_line(line);
-        low[l] = low_nibbles(both);
-        high[l] = high_nibbles(both);
-      }
+      load_nibbles<kRows>(block + (4 * j + 2 * i + half) * kLineBytes, ahead, low, high);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const Codes a = load_codes(codes + r * stride);
@@ -165,8 +172,8 @@ SLMOPS_INLINE void add_sub16(const uint8_t* block, int j, int half, const int8_t
 #pragma GCC unroll 2
   for (int l = 0; l < kLines; ++l) {
     const uint8_t* lines = block + j * 4 * kLineBytes + (half + l) * kLineBytes;
-    if constexpr (kRows >= kPrefetchRows) ask_ahead<1>(lines, ahead);
-    if constexpr (kRows >= kPrefetchRows) ask_ahead<1>(lines + 2 * kLineBytes, ahead);
+    ask_by_line<kRows>(lines, ahead);
+    ask_by_line<kRows>(lines + 2 * kLineBytes, ahead);
     if constexpr (kDotsByRows) {
       Dot4 dot[kRows][1];
 #pragma GCC unroll 8
