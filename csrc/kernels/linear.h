@@ -16,55 +16,66 @@ template <int kBits, ZeroKind kZero>
 inline void group_step(const Step& s) {
   int64_t begin = s.begin;
   if constexpr (kBlocks) {
-    if (s.end - s.begin > kMaxRows) begin = group_blocks<Block, kBits, kZero>(s);
+    if (s.rows() > kMaxRows) begin = group_blocks<Block, kBits, kZero>(s);
   }
   for_passes(s, begin, s.end, [&](auto& acc, int half, int64_t row) {
     constexpr int kRows = sizeof(acc) / sizeof(acc[0]);
+    constexpr int kLines = sizeof(acc[0]) / sizeof(acc[0][0]);
     const Format& f = *s.args.format;
-    if (s.end - s.begin > kShareRows) prefetch_share(s, row);
     const PassRows rows = s.rows_at(row, 0);
-    const int64_t ahead = s.ahead<kBits, kRows>();
-    const auto pass = [&](const auto& dots) {
+    const auto pass = [&](auto dots) {
+      dots.ask = s.ask<kRows, kLines>(row, half, s.chunk.count / dots.kLinesK);
       group_pass<kBits, kZero>(f, {s.chunk.lines, 0, 0}, s.chunk.count, half, dots, rows, acc);
+    };
+    const auto short_units = [&](auto alone) {
+      constexpr bool kAlone = decltype(alone)::value != 0;
+      if (s.rows() > kShareRows) {
+        return pass(LineDots<kBits, 1, kShortUnit, NoAsk, kAlone>{rows.codes, rows.code_stride});
+      }
+      pass(LineDots<kBits, 1, kShortUnit, Ask, kAlone>{rows.codes, rows.code_stride});
     };
     if constexpr (kRows == kMaxRows && kLongSums > 1) {
       if (preset_unit(f) > kShortUnit) {
-        return pass(LineDots<kBits, kLongSums>{rows.codes, rows.code_stride, ahead});
+        return pass(LineDots<kBits, kLongSums>{rows.codes, rows.code_stride});
       }
-      if (s.end - s.begin > kStreamRows) {  // the lines are in the cache
-        return pass(LineDots<kBits, 1, kShortUnit>{rows.codes, rows.code_stride, 0});
-      }
+      return f.act_group == kShortUnit ? short_units(Int<1>{}) : short_units(Int<0>{});
     }
-    pass(LineDots<kBits>{rows.codes, rows.code_stride, ahead});
+    pass(LineDots<kBits>{rows.codes, rows.code_stride});
   });
+}
+
+/// Whether so many rows of sub16 lines are worth expanding them for.
+inline bool expands(int64_t rows) {
+  return (kExpandRows > 0 && rows >= kExpandRows) || (Matrix::kRows != 0 && rows >= kMatrixRows);
 }
 
 inline void sub16_step(const Step& s) {
   const Format& f = *s.args.format;
   int64_t begin = s.begin;
   if constexpr (kBlocks) {
-    if (s.end - s.begin > kMaxRows) begin = sub16_blocks<Block>(s);
+    if (s.rows() > kMaxRows) begin = sub16_blocks<Block>(s);
   }
-  if (kExpandRows > 0 && s.end - s.begin >= kExpandRows) {
+  if (expands(s.rows())) {
     expand_chunk(s.chunk, s.room, store_lines);
     const Chunk lines = {s.room, s.chunk.count};
     for_passes(s, s.begin, s.end, [&](auto& acc, int half, int64_t row) {
-      prefetch_share(s, row);
+      s.prefetch_share(row);
       const PassRows rows = s.expanded_rows_at(row, 0);
       constexpr int kSums = sizeof(acc) / sizeof(acc[0]) == kMaxRows ? kLongSums : 1;
-      expanded_pass(f, lines, half, LineDots<8, kSums>{rows.codes, rows.code_stride, 0}, rows, acc);
+      expanded_pass(f, lines, half, LineDots<8, kSums>{rows.codes, rows.code_stride}, rows, acc);
     });
-  } else if (f.act_group >= kSubBlock) {
-    for_passes(s, begin, s.end, [&](auto& acc, int half, int64_t row) {
-      const int64_t ahead = s.ahead<4, sizeof(acc) / sizeof(acc[0])>();
-      sub16_pass<true>(f, s.chunk, half, s.rows_at(row, 0), ahead, acc);
-    });
-  } else {
-    for_passes(s, begin, s.end, [&](auto& acc, int half, int64_t row) {
-      const int64_t ahead = s.ahead<4, sizeof(acc) / sizeof(acc[0])>();
-      sub16_pass<false>(f, s.chunk, half, s.rows_at(row, 0), ahead, acc);
-    });
+    return;
   }
+  for_passes(s, begin, s.end, [&](auto& acc, int half, int64_t row) {
+    constexpr int kRows = sizeof(acc) / sizeof(acc[0]);
+    constexpr int kLines = sizeof(acc[0]) / sizeof(acc[0][0]);
+    const Ask ask = s.ask<kRows, kLines>(row, half, s.chunk.count / kSubGroup);
+    if (f.act_group >= kSubBlock) {
+      sub16_pass<true>(f, s.chunk, half, s.rows_at(row, 0), ask, acc);
+    } else {
+      sub16_pass<false>(f, s.chunk, half, s.rows_at(row, 0), ask, acc);
+    }
+  });
 }
 
 inline void float_step(const Step& s) {
@@ -115,7 +126,7 @@ SLMOPS_INLINE void for_chunks(Step& s, int64_t length, const Body& step) {
   const int64_t chunk_act_groups = length / f.act_group, chunk_units = length / preset_unit(f);
   for (; s.k < f.k_padded; s.k += length) {
     if (f.k_padded - s.k < length) s.chunk.count = f.k_padded - s.k;
-    s.finish = s.end - s.begin > kStreamRows && s.k + s.chunk.count == f.k_padded;
+    s.finish = s.rows() > kStreamRows && s.k + s.chunk.count == f.k_padded;
     step(s);
     s.chunk.lines += s.chunk_bytes;
     s.act_group += chunk_act_groups;
@@ -138,6 +149,14 @@ SLMOPS_INLINE bool matrix_chunks(Step& s, int64_t length) {
   return false;
 }
 
+/// Whether `rows` rows take a tile as one chunk. A single pass reads it once; of several, those
+/// after the first read it from the second-level cache, which keeps up where lines are int4.
+inline bool is_whole(const Format& f, int64_t rows) {
+  if (rows > kStreamRows) return false;
+  if (f.scale_kind == ScaleKind::sub16) return !expands(rows);
+  return f.bits == 4 || rows <= kMaxRows;
+}
+
 /// Calls steps(s, length) to add all of a tile, in chunks of `length` k, to the sums; then finishes
 /// those that are not.
 template <class Steps>
@@ -148,8 +167,7 @@ SLMOPS_INLINE void walk_tile(const LinearArgs& args, int64_t tile_index, int64_t
   float* sums = reinterpret_cast<float*>(args.scratch);
   const size_t sum_bytes = static_cast<size_t>((end - begin) * kTile) * sizeof(float);
   memset(sums, 0, sum_bytes);
-  const bool whole = end - begin <= kStreamRows && f.scale_kind == ScaleKind::group;
-  const int64_t length = whole ? f.k_padded : chunk_length(f);
+  const int64_t length = is_whole(f, end - begin) ? f.k_padded : chunk_length(f);
   const int64_t block = scale_block(f), unit = preset_unit(f);
   Step s = {.args = args,
             .begin = begin,

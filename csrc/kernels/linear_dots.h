@@ -8,35 +8,31 @@
 namespace slmops::SLMOPS_ISA {
 namespace {
 
-/// Passes of so many rows ask for int4 lines ahead of reading them on any CPU: they take so long
-/// over each that the hardware's own prefetching lags behind (Zen 4, 4 rows: 16 % of the time).
-constexpr int kPrefetchRows = 3;
-constexpr int64_t kPrefetchBytes = 2048;
+/// What a pass asks memory for while it goes over its lines: `step` bytes at each call of more(),
+/// from `next` on, which is the first line behind `limit`.
+struct Ask {
+  const uint8_t* next = nullptr;
+  const uint8_t* limit = nullptr;
+  int64_t step = 0;
 
-/// Asks for `kCount` lines `ahead` bytes after those at `lines`; not if that is 0.
-template <int kCount>
-SLMOPS_INLINE void ask_ahead(const uint8_t* lines, int64_t ahead) {
-  if (ahead == 0) return;
-#pragma GCC unroll 8
-  for (int i = 0; i < kCount; ++i) prefetch(lines + ahead + i * kLineBytes);
-}
+  SLMOPS_INLINE void more() {
+    limit += step;
+    for (; next < limit; next += kLineBytes) prefetch(next);
+  }
+};
 
-/// The same of one line, in passes of kPrefetchRows rows and more; those of fewer ask for several
-/// at once.
-template <int kRows>
-SLMOPS_INLINE void ask_by_line(const uint8_t* line, int64_t ahead) {
-  if constexpr (kRows >= kPrefetchRows) ask_ahead<1>(line, ahead);
-}
+/// In its place: nothing, where even that little is felt (units of 32 k of many rows: 2 %).
+struct NoAsk {
+  SLMOPS_INLINE NoAsk(const Ask& /*ask*/) {}
+  SLMOPS_INLINE void more() {}
+};
 
-/// The nibbles of kLines lines, for a pass of kRows rows.
-template <int kRows, int kLines>
-SLMOPS_INLINE void load_nibbles(const uint8_t* lines, int64_t ahead, Line (&low)[kLines],
-                                Line (&high)[kLines]) {
+/// The nibbles of kLines lines.
+template <int kLines>
+SLMOPS_INLINE void load_nibbles(const uint8_t* lines, Line (&low)[kLines], Line (&high)[kLines]) {
 #pragma GCC unroll 2
   for (int l = 0; l < kLines; ++l) {
-    const uint8_t* line = lines + l * kLineBytes;
-    ask_by_line<kRows>(line, ahead);
-    const Line both = load_line(line);
+    const Line both = load_line(lines + l * kLineBytes);
     low[l] = low_nibbles(both);
     high[l] = high_nibbles(both);
   }
@@ -62,8 +58,7 @@ constexpr bool has_small_sums(int64_t unit) { return kSumBias != 0 && unit <= 12
 /// Adds 32 k of int4 lines to the sums, of which the quads of k take turns.
 template <int kSums, int kRows, int kLines>
 SLMOPS_INLINE void add_int4(const uint8_t* lines, const int8_t* codes, int64_t stride,
-                            int64_t ahead, I32 (&sum)[kSums][kRows][kLines]) {
-  if constexpr (kRows < kPrefetchRows) ask_ahead<8>(lines, ahead);
+                            I32 (&sum)[kSums][kRows][kLines]) {
   Dot4 dot[kSums][kRows][kLines];
 #pragma GCC unroll 2
   for (int s = 0; s < kSums; ++s) {
@@ -84,7 +79,7 @@ SLMOPS_INLINE void add_int4(const uint8_t* lines, const int8_t* codes, int64_t s
       continue;
     }
     Line low[kLines], high[kLines];
-    load_nibbles<kRows>(lines + j * 2 * kLineBytes, ahead, low, high);
+    load_nibbles(lines + j * 2 * kLineBytes, low, high);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
@@ -109,8 +104,7 @@ SLMOPS_INLINE void add_int4(const uint8_t* lines, const int8_t* codes, int64_t s
 /// Adds 16 k of int8 lines to the sums, of which the quads of k take turns.
 template <int kSums, int kRows, int kLines>
 SLMOPS_INLINE void add_int8(const uint8_t* lines, const int8_t* codes, int64_t stride,
-                            int64_t ahead, I32 (&sum)[kSums][kRows][kLines]) {
-  if constexpr (kLines == 2) ask_ahead<8>(lines, ahead);  // else the lines are read by two passes
+                            I32 (&sum)[kSums][kRows][kLines]) {
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     I32(&turn)[kRows][kLines] = sum[j % kSums];
@@ -142,14 +136,13 @@ SLMOPS_INLINE void add_int8(const uint8_t* lines, const int8_t* codes, int64_t s
 template <int kRows, int kLines>
 SLMOPS_INLINE void add_sub16(const uint8_t* block, int j, int half, const int8_t* codes,
                              int64_t stride, const int32_t* presets, int64_t preset_stride,
-                             int64_t ahead, I32 (&sum)[kRows][kLines]) {
-  if constexpr (kRows < kPrefetchRows) ask_ahead<4>(block + j * 4 * kLineBytes, ahead);
+                             I32 (&sum)[kRows][kLines]) {
   if constexpr (kLines == 2 && !kDotsByRows) {  // each quad of codes is loaded once for both
     Dot4 dot[kRows][2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       Line low[2], high[2];
-      load_nibbles<kRows>(block + (4 * j + 2 * i + half) * kLineBytes, ahead, low, high);
+      load_nibbles(block + (4 * j + 2 * i + half) * kLineBytes, low, high);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const Codes a = load_codes(codes + r * stride);
@@ -172,8 +165,6 @@ SLMOPS_INLINE void add_sub16(const uint8_t* block, int j, int half, const int8_t
 #pragma GCC unroll 2
   for (int l = 0; l < kLines; ++l) {
     const uint8_t* lines = block + j * 4 * kLineBytes + (half + l) * kLineBytes;
-    ask_by_line<kRows>(lines, ahead);
-    ask_by_line<kRows>(lines + 2 * kLineBytes, ahead);
     if constexpr (kDotsByRows) {
       Dot4 dot[kRows][1];
 #pragma GCC unroll 8
@@ -204,11 +195,11 @@ SLMOPS_INLINE void add_sub16(const uint8_t* block, int j, int half, const int8_t
 template <int kRows, int kLines>
 SLMOPS_INLINE void add_sub16_block(const uint8_t* block, int half, const int8_t* codes,
                                    int64_t stride, const int32_t* presets, int64_t preset_stride,
-                                   int64_t ahead, I32 (&sum)[kRows][kLines]) {
+                                   Ask& ask, I32 (&sum)[kRows][kLines]) {
   Dot4 dot[4][kRows][kLines];
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    ask_ahead<4>(block + 4 * j * kLineBytes, ahead);
+    ask.more();
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
 #pragma GCC unroll 2
@@ -224,7 +215,6 @@ SLMOPS_INLINE void add_sub16_block(const uint8_t* block, int half, const int8_t*
       }
     }
   }
-  ask_ahead<1>(block + 16 * kLineBytes, ahead);
 #pragma GCC unroll 2
   for (int l = 0; l < kLines; ++l) {
 #pragma GCC unroll 4

@@ -155,7 +155,7 @@ inline void fast_step(const Step& s) {
   const Tables tables = tables_of(f);
   const int64_t groups = f.k_padded / f.group;
   for_passes(s, s.begin, s.end, [&](auto& acc, int half, int64_t row) {
-    if (s.end - s.begin > kShareRows) prefetch_share(s, row);
+    if (s.rows() > kShareRows) s.prefetch_share(row);
     const uint16_t* x = s.args.pairs.x + row * f.k_padded + s.k;
     if (f.scale_kind == ScaleKind::sub16) {
       return fast_sub16_pass(f, s.chunk, half, tables, x, acc);

@@ -11,6 +11,7 @@ namespace {
 /// Integer sums of the units of a span, [unit][kMostMatrixRows][kTile], from a pass's first row on.
 struct MadeDots {
   static constexpr int64_t unit = 0;
+  static constexpr bool alone = false;
   const int32_t* sums;
 
   template <int kRows, int kLines>
@@ -39,7 +40,7 @@ template <class M, class Lines, class Pass>
 SLMOPS_INLINE void for_blocks(const Step& s, const M& matrix, const Span& span,
                               const Lines& lines_of, const Pass& pass) {
   const Format& f = *s.args.format;
-  const int64_t unit = matrix_unit(f), total = s.end - s.begin;
+  const int64_t unit = matrix_unit(f), total = s.rows();
   for (int64_t row = s.begin; row < s.end;) {
     const int64_t left = s.end - row;
     const int blocks = left > M::kRows && total >= 2 * M::kRows ? 2 : 1;
@@ -109,7 +110,7 @@ inline void group_step(const Step& s, const M& matrix) {
     for_blocks(
         part, matrix, span, [&](int64_t i) { return unit_lines[i]; },
         [&](auto& acc, int half, int64_t row, MadeDots dots) {
-          if (span.begin == 0 && s.end - s.begin > kShareRows) prefetch_share(s, row);
+          if (span.begin == 0 && s.rows() > kShareRows) s.prefetch_share(row);
           group_pass<kBits, kZero>(f, start, span.begin + span.count, half, dots,
                                    s.rows_at(row, span.begin / f.act_group), acc);
         });
@@ -128,7 +129,7 @@ inline void sub16_step(const Step& s, const M& matrix) {
               for_blocks(
                   part, matrix, span, [&](int64_t i) { return lines.lines + i * unit * kTile; },
                   [&](auto& acc, int half, int64_t row, MadeDots dots) {
-                    if (span.begin == 0) prefetch_share(s, row);
+                    if (span.begin == 0) s.prefetch_share(row);
                     expanded_pass(f, lines, half, dots,
                                   s.expanded_rows_at(row, span.begin / f.act_group), acc);
                   });

@@ -72,16 +72,20 @@ struct GroupWalk {
 };
 
 /// The integer dots of a unit, `k` of the chunk behind it, are added to `sum`, in kSums of which
-/// their quads take turns. Passes ask for units in order; all have kUnit k, unless that is 0.
-template <int kBits, int kSums = 1, int64_t kUnit = 0>
+/// their quads take turns. Passes call it for units in order; all have kUnit k, unless that is 0,
+/// and each, if kAlone, is an activation group.
+template <int kBits, int kSums = 1, int64_t kUnit = 0, class A = Ask, bool kAlone = false>
 struct LineDots {
   static constexpr int64_t unit = kUnit;
+  static constexpr bool alone = kAlone;
+  static constexpr int64_t kLinesK = kBits == 4 ? 32 : 16;  // at a time
   const int8_t* codes;
-  int64_t stride, ahead;
+  int64_t stride;
+  A ask = Ask{};
 
   template <int kRows, int kLines>
   SLMOPS_INLINE void add(const uint8_t* lines, int half, int64_t k, int64_t count,
-                         I32 (&sum)[kRows][kLines]) const {
+                         I32 (&sum)[kRows][kLines]) {
     I32 sums[kSums][kRows][kLines];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -114,13 +118,12 @@ struct LineDots {
   }
 
  private:
-  static constexpr int64_t kLinesK = kBits == 4 ? 32 : 16;
-
   template <int kRows, int kLines>
   SLMOPS_INLINE void add_lines(const uint8_t* lines, const int8_t* at,
-                               I32 (&sums)[kSums][kRows][kLines]) const {
-    if constexpr (kBits == 4) return add_int4(lines, at, stride, ahead, sums);
-    add_int8(lines, at, stride, ahead, sums);
+                               I32 (&sums)[kSums][kRows][kLines]) {
+    ask.more();
+    if constexpr (kBits == 4) return add_int4(lines, at, stride, sums);
+    add_int8(lines, at, stride, sums);
   }
 };
 
@@ -140,7 +143,8 @@ SLMOPS_INLINE void group_terms(const Format& f, GroupWalk* walk, int half, Dots&
 #pragma GCC unroll 2
     for (int l = 0; l < kLines; ++l) t[r][l] = splat(0.0f);
   }
-  for (int64_t done = 0; done < f.act_group; done += unit, ++presets) {
+  const int64_t act_group = Dots::alone ? unit : f.act_group;
+  for (int64_t done = 0; done < act_group; done += unit, ++presets) {
     const uint8_t* scales = walk->group + scale_offset;
     I32 sum[kRows][kLines];
 #pragma GCC unroll 8
@@ -191,7 +195,7 @@ SLMOPS_INLINE void group_pass(const Format& f, GroupWalk walk, int64_t end, int 
 /// whole 64-k blocks or, where it is 32 long, half a one.
 template <bool kWholeBlocks, int kRows, int kLines>
 SLMOPS_INLINE void sub16_pass(const Format& f, const Chunk& chunk, int half, const PassRows& rows,
-                              int64_t ahead, F32 (&acc)[kRows][kLines]) {
+                              Ask ask, F32 (&acc)[kRows][kLines]) {
   constexpr int kGroups = kWholeBlocks ? 4 : 2;
   const int8_t* codes = rows.codes;
   const int32_t* presets = rows.presets;
@@ -208,12 +212,13 @@ SLMOPS_INLINE void sub16_pass(const Format& f, const Chunk& chunk, int half, con
     for (const int8_t* end = codes + f.act_group; codes < end; codes += kGroups * kSubGroup) {
       if constexpr (kWholeBlocks && kRows <= kSubBlockRows) {
         add_sub16_block<kRows, kLines>(block, half, codes, rows.code_stride, presets,
-                                       rows.preset_stride, ahead, sum);
+                                       rows.preset_stride, ask, sum);
       } else {
 #pragma GCC unroll 4
         for (int j = 0; j < kGroups; ++j) {
+          ask.more();
           add_sub16<kRows, kLines>(block, first + j, half, codes + j * kSubGroup, rows.code_stride,
-                                   presets + j, rows.preset_stride, ahead, sum);
+                                   presets + j, rows.preset_stride, sum);
         }
       }
       presets += kGroups;

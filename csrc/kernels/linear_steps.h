@@ -5,6 +5,15 @@
 namespace slmops::SLMOPS_ISA {
 namespace {
 
+/// Rows up to which passes ask for the next chunk's lines as they read; of more, the share of each
+/// is so small that it is asked for at once.
+constexpr int64_t kShareRows = 64;
+/// A pass of so many rows alone asks ahead on any CPU: it takes so long over each line that the
+/// hardware's own prefetching lags behind (Zen 4, 4 rows: 16 % of the time).
+constexpr int kSlowRows = 3;
+constexpr int64_t kSlowAhead = 2048;
+constexpr int kNextLines = 16;  // 0 to 6 % of the time of 1 to 4 rows; 64 cost 10 % (Zen 4)
+
 /// Halves of a tile that a pass keeps in registers.
 template <int kRows>
 constexpr int kPassLines = kRows <= kWideRows ? 2 : 1;
@@ -23,12 +32,32 @@ struct Step {
   const uint8_t* own_scales;  // of sub16 outputs
   bool finish;                // rows, once they have been added to
 
-  /// How far ahead of its reads a pass of kRows rows asks for lines; 0: it does not. What several
-  /// passes read is in the cache.
-  template <int kBits, int kRows>
-  SLMOPS_INLINE int64_t ahead() const {
-    const int64_t chosen = end - begin <= kStreamRows ? args.read_ahead : 0;
-    return kBits == 4 && kRows >= kPrefetchRows && chosen == 0 ? kPrefetchBytes : chosen;
+  int64_t rows() const { return end - begin; }
+  /// Asks for the chunk after this one, a share of it before each pass, so that memory works while
+  /// the passes over lines in the cache do.
+  SLMOPS_INLINE void prefetch_share(int64_t row) const {
+    const int64_t passes = (rows() + kMaxRows - 1) / kMaxRows;
+    const int64_t share = (chunk_bytes / kLineBytes + passes - 1) / passes * kLineBytes;
+    const uint8_t* next = chunk.lines + chunk_bytes + (row - begin) / kMaxRows * share;
+    for (int64_t i = 0; i < share; i += kLineBytes) prefetch(next + i);
+  }
+  /// What a pass of kRows rows and kLines halves asks for in `calls` calls: if no other reads its
+  /// lines, those that it reads soon; else its share of the chunk after this one.
+  template <int kRows, int kLines>
+  SLMOPS_INLINE Ask ask(int64_t row, int half, int64_t calls) const {
+    if (rows() > kShareRows) {
+      if (half == 0) prefetch_share(row);
+      return {};
+    }
+    if (rows() == kRows && kLines == 2) {
+      const bool slow = kRows >= kSlowRows && args.read_ahead == 0;
+      const int64_t ahead = slow ? kSlowAhead : args.read_ahead;
+      const uint8_t* at = chunk.lines + ahead;
+      return {at, at, ahead == 0 ? 0 : chunk_bytes / calls};
+    }
+    const int64_t parts = rows() * 2, before = (row - begin) * 2 + half * kRows;
+    const uint8_t* at = chunk.lines + chunk_bytes + chunk_bytes * before / parts;
+    return {at, at, chunk_bytes * kRows * kLines / (parts * calls)};
   }
   SLMOPS_INLINE float* sums_at(int64_t row) const { return sums + (row - begin) * kTile; }
   /// Rows from `row` on, beginning `later` activation groups after the chunk.
@@ -147,19 +176,6 @@ SLMOPS_INLINE void for_passes(const Step& s, int64_t begin, int64_t end, const P
       if (s.finish) finish_pass(s, row, row + kRows);
     });
   }
-}
-
-constexpr int64_t kShareRows = 64;
-constexpr int kNextLines = 16;  // 0 to 6 % of the time of 1 to 4 rows; 64 cost 10 % (Zen 4)
-
-/// Asks for the bytes after the chunk, a share of them at each of its passes, so that memory works
-/// while the passes over lines in the cache do. With larger shares than those of 64 rows it costs
-/// more than it brings, unless expanding goes between (Zen 4).
-SLMOPS_INLINE void prefetch_share(const Step& s, int64_t row) {
-  const int64_t passes = (s.end - s.begin + kMaxRows - 1) / kMaxRows;
-  const int64_t share = (s.chunk_bytes / kLineBytes + passes - 1) / passes * kLineBytes;
-  const uint8_t* next = s.chunk.lines + s.chunk_bytes + (row - s.begin) / kMaxRows * share;
-  for (int64_t i = 0; i < share; i += kLineBytes) prefetch(next + i);
 }
 
 }  // namespace
