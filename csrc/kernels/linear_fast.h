@@ -39,9 +39,7 @@ SLMOPS_INLINE Tables tables_of(const Format& f) {
 
 /// Sums of a row that are kept apart until a group ends, so that dots need not wait for another.
 template <int kRows>
-constexpr int kChains = kRows == 1   ? 4
-                        : kRows <= 3 ? 2
-                                     : 1;
+constexpr int kChains = kRows == 1 ? 4 : 2;
 
 /// t += the products of 8 k with 16 outputs of each line.
 template <int kBits, int kRows, int kLines, int kSums>
@@ -50,17 +48,24 @@ SLMOPS_INLINE void add_eight(const uint8_t* lines, const Tables& tables, const u
   constexpr int kParts = kBits == 4 ? 1 : 2;
 #pragma GCC unroll 2
   for (int part = 0; part < kParts; ++part, lines += 2 * kLineBytes) {
+    Line line[kLines];
 #pragma GCC unroll 2
-    for (int l = 0; l < kLines; ++l) {
-      const Line line = load_line(lines + l * kLineBytes);
+    for (int l = 0; l < kLines; ++l) line[l] = load_line(lines + l * kLineBytes);
 #pragma GCC unroll 4
-      for (int place = 0; place < 4; ++place) {
-        const Halves w = look_up(line, place, place % 2 == 0 ? tables.low : tables.high);
-        const int pair = kBits == 4 ? place : place / 2 * 2 + part;
+    for (int place = 0; place < 4; ++place) {
+      Halves w[kLines];
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l) {
+        w[l] = look_up(line[l], place, place % 2 == 0 ? tables.low : tables.high);
+      }
+      const int pair = kBits == 4 ? place : place / 2 * 2 + part;
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kRows; ++r) {
+        const Halves a = load_pair(x + r * stride + 2 * pair);
+#pragma GCC unroll 2
+        for (int l = 0; l < kLines; ++l) {
           F32& sum = t[place % kSums][r][l];
-          sum = dot2(sum, w, x + r * stride + 2 * pair);
+          sum = dot2(sum, w[l], a);
         }
       }
     }
@@ -91,7 +96,7 @@ SLMOPS_INLINE F32 total(const F32 (&t)[kSums][kRows][kLines], int r, int l) {
 template <int kBits, bool kZeros, int kRows, int kLines>
 SLMOPS_INLINE void fast_group_pass(const Format& f, const Chunk& chunk, int half,
                                    const Tables& tables, const uint16_t* x, const float* sums,
-                                   int64_t sum_stride, F32 (&acc)[kRows][kLines]) {
+                                   int64_t sum_stride, Ask ask, F32 (&acc)[kRows][kLines]) {
   constexpr int64_t kEight = kBits == 4 ? 2 * kLineBytes : 4 * kLineBytes;
   const int64_t scale_offset = f.group / 8 * kEight + half * 32;
   const uint8_t* group = chunk.lines;
@@ -100,6 +105,7 @@ SLMOPS_INLINE void fast_group_pass(const Format& f, const Chunk& chunk, int half
     clear(t);
     const uint8_t* lines = group + half * kLineBytes;
     for (const int64_t end = k + f.group; k < end; k += 16, lines += 2 * kEight) {
+      ask.more();
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
         add_eight<kBits>(lines + i * kEight, tables, x + k + 8 * i, f.k_padded, t);
@@ -127,12 +133,13 @@ SLMOPS_INLINE void fast_group_pass(const Format& f, const Chunk& chunk, int half
 
 template <int kRows, int kLines>
 SLMOPS_INLINE void fast_sub16_pass(const Format& f, const Chunk& chunk, int half,
-                                   const Tables& tables, const uint16_t* x,
+                                   const Tables& tables, const uint16_t* x, Ask ask,
                                    F32 (&acc)[kRows][kLines]) {
   const uint8_t* block = chunk.lines;
   for (int64_t k = 0; k < chunk.count; block += kSubBlockBytes) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j, k += kSubGroup) {
+      ask.more();
       F32 t[1][kRows][kLines];
       clear(t);
 #pragma GCC unroll 2
@@ -155,18 +162,20 @@ inline void fast_step(const Step& s) {
   const Tables tables = tables_of(f);
   const int64_t groups = f.k_padded / f.group;
   for_passes(s, s.begin, s.end, [&](auto& acc, int half, int64_t row) {
-    if (s.rows() > kShareRows) s.prefetch_share(row);
+    constexpr int kRows = sizeof(acc) / sizeof(acc[0]);
+    constexpr int kLines = sizeof(acc[0]) / sizeof(acc[0][0]);
+    const Ask ask = s.ask<kRows, kLines>(row, half, s.chunk.count / 16);
     const uint16_t* x = s.args.pairs.x + row * f.k_padded + s.k;
     if (f.scale_kind == ScaleKind::sub16) {
-      return fast_sub16_pass(f, s.chunk, half, tables, x, acc);
+      return fast_sub16_pass(f, s.chunk, half, tables, x, ask, acc);
     }
     const float* sums = s.args.pairs.sums + row * groups + s.k / f.group;
     const auto pass = [&](auto bits) {
       constexpr int kBits = decltype(bits)::value;
       if (f.zero_kind == ZeroKind::none) {
-        fast_group_pass<kBits, false>(f, s.chunk, half, tables, x, sums, groups, acc);
+        fast_group_pass<kBits, false>(f, s.chunk, half, tables, x, sums, groups, ask, acc);
       } else {
-        fast_group_pass<kBits, true>(f, s.chunk, half, tables, x, sums, groups, acc);
+        fast_group_pass<kBits, true>(f, s.chunk, half, tables, x, sums, groups, ask, acc);
       }
     };
     if (f.bits == 4) return pass(Int<4>{});

@@ -23,12 +23,16 @@ inline Halves look_up(Line x, int place, Table table) {
   const __m512i at = place == 0 ? x.v : _mm512_srli_epi16(x.v, static_cast<unsigned>(4 * place));
   return {_mm512_permutexvar_epi16(at, table.v)};
 }
-/// acc + w[0] * x[0] + w[1] * x[1] per lane, x the same for all.
-inline F32 dot2(F32 acc, Halves w, const uint16_t* x) {
+/// The pair x[0], x[1] in all lanes.
+inline Halves load_pair(const uint16_t* x) {
   int32_t pair;
   memcpy(&pair, x, sizeof(pair));
-  return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(w.v),
-                           reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)))};
+  return {_mm512_set1_epi32(pair)};
+}
+/// acc + w[0] * x[0] + w[1] * x[1] per lane.
+inline F32 dot2(F32 acc, Halves w, Halves x) {
+  return {
+      _mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(w.v), reinterpret_cast<__m512bh>(x.v))};
 }
 /// Stores 16 bf16, of each eight 0, 2, 4, 6, 1, 3, 5, 7.
 inline void store_pairs(uint16_t* p, const uint16_t* x) {
