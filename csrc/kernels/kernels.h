@@ -309,6 +309,16 @@ constexpr int64_t chunk_length(const Format& f) {
   const int64_t block = scale_block(f) > f.act_group ? scale_block(f) : f.act_group;
   return block >= about ? block : about / block * block;
 }
+/// The same with activations that are not rounded, of the chunks whose weights are expanded to fp32
+/// for more than a few rows; only groups that are not too long for it.
+constexpr int64_t float_chunk_length(const Format& f) {
+  constexpr int64_t kAbout = 128;
+  return scale_block(f) >= kAbout ? scale_block(f) : kAbout / scale_block(f) * scale_block(f);
+}
+constexpr bool expands_floats(const Format& f, int64_t rows) {
+  constexpr int64_t kRows = 12, kMostGroup = 1024;
+  return rows >= kRows && f.activations != Activations::int8 && scale_block(f) <= kMostGroup;
+}
 /// Rows from which an ISA row with a matrix unit may use it, up to how many at a time, and the
 /// integer sums that it makes of each before they are used.
 constexpr int64_t kMatrixRows = 16, kMostMatrixRows = 32, kMostMatrixUnits = 32;
@@ -333,13 +343,16 @@ constexpr bool fits_matrix(const Format& f, int64_t rows) {
 /// 32 k three vectors of 32 lanes and two of 64.
 constexpr int64_t kBlockBytesPerK = 8 + (3 * 32 + 2 * 64) * 4 / 32;
 /// Bytes of LinearArgs::scratch for blocks of `rows` rows: their sums; a chunk of lines expanded to
-/// int8; for a matrix unit the integer sums of a span.
+/// int8 or fp32; for a matrix unit the integer sums of a span.
 constexpr int64_t scratch_bytes(const Format& f, int64_t rows) {
   int64_t bytes = rows * kTile * int64_t{sizeof(float)};
   const bool matrix = fits_matrix(f, rows);
   if (f.activations == Activations::int8) {
     const int64_t length = chunk_length(f);
     bytes += (length < f.k_padded ? length : f.k_padded) * (kTile + kBlockBytesPerK);
+  }
+  if (expands_floats(f, rows)) {  // weights, and scales of groups of 32 and longer
+    bytes += float_chunk_length(f) * 33 / 32 * kTile * int64_t{sizeof(float)};
   }
   if (!matrix) return bytes;
   return bytes +

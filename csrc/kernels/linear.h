@@ -80,20 +80,19 @@ inline void sub16_step(const Step& s) {
 
 inline void float_step(const Step& s) {
   const Format& f = *s.args.format;
+  const bool expanded = expands_floats(f, s.rows());
+  float* weights = reinterpret_cast<float*>(s.room);
+  if (expanded) expand_floats(f, s.chunk, weights);
   for_passes(s, s.begin, s.end, [&](auto& acc, int half, int64_t row) {
     constexpr int kRows = sizeof(acc) / sizeof(acc[0]);
     constexpr int kLines = sizeof(acc[0]) / sizeof(acc[0][0]);
     const float* x = s.args.x + row * f.k_padded + s.k;
-    for (int l = 0; l < kLines; ++l) {
-      F32 column[kRows];
-      for (int r = 0; r < kRows; ++r) column[r] = acc[r][l];
-      if (f.scale_kind == ScaleKind::sub16) {
-        float_sub16_pass<kRows>(s.chunk, half + l, x, f.k_padded, column);
-      } else {
-        float_group_pass<kRows>(f, s.chunk, half + l, x, f.k_padded, column);
-      }
-      for (int r = 0; r < kRows; ++r) acc[r][l] = column[r];
+    if (expanded) {
+      s.prefetch_share(row);
+      return expanded_float_pass(f, s.chunk.count, weights, half, x, f.k_padded, acc);
     }
+    const Ask ask = s.ask<kRows, kLines>(row, half, s.chunk.count / 4);
+    float_pass(f, s.chunk, half, x, f.k_padded, ask, acc);
   });
 }
 
@@ -149,25 +148,26 @@ SLMOPS_INLINE bool matrix_chunks(Step& s, int64_t length) {
   return false;
 }
 
-/// Whether `rows` rows take a tile as one chunk. A single pass reads it once; of several, those
-/// after the first read it from the second-level cache, which keeps up where lines are int4.
-inline bool is_whole(const Format& f, int64_t rows) {
-  if (rows > kStreamRows) return false;
-  if (f.scale_kind == ScaleKind::sub16) return !expands(rows);
-  return f.bits == 4 || rows <= kMaxRows;
+/// k of the chunks for `rows` rows. A single pass takes a tile as one, which it reads once; several
+/// do where those after the first can read it from the second-level cache, which keeps up with int4
+/// lines.
+inline int64_t step_length(const Format& f, int64_t rows) {
+  const bool sub16 = f.scale_kind == ScaleKind::sub16;
+  const bool whole =
+      rows <= kStreamRows && (sub16 ? !expands(rows) : f.bits == 4 || rows <= kMaxRows);
+  return whole ? f.k_padded : chunk_length(f);
 }
 
-/// Calls steps(s, length) to add all of a tile, in chunks of `length` k, to the sums; then finishes
-/// those that are not.
+/// Calls steps(s) to add all of a tile to the sums, in chunks of `length` k; then finishes those
+/// that are not.
 template <class Steps>
 SLMOPS_INLINE void walk_tile(const LinearArgs& args, int64_t tile_index, int64_t begin, int64_t end,
-                             const Steps& steps) {
+                             int64_t length, const Steps& steps) {
   const Format& f = *args.format;
   const uint8_t* tile = args.packed + kHeaderBytes + tile_index * f.tile_bytes;
   float* sums = reinterpret_cast<float*>(args.scratch);
   const size_t sum_bytes = static_cast<size_t>((end - begin) * kTile) * sizeof(float);
   memset(sums, 0, sum_bytes);
-  const int64_t length = is_whole(f, end - begin) ? f.k_padded : chunk_length(f);
   const int64_t block = scale_block(f), unit = preset_unit(f);
   Step s = {.args = args,
             .begin = begin,
@@ -185,7 +185,7 @@ SLMOPS_INLINE void walk_tile(const LinearArgs& args, int64_t tile_index, int64_t
             .first_output = tile_index * kTile,
             .own_scales = tile + f.k_padded / block * f.group_bytes,
             .finish = false};
-  steps(s, length);
+  steps(s);
   if (s.finish) return;
   // What follows in memory is the next tile: memory works while this one is finished.
   for (int i = 0; i < kNextLines; ++i) prefetch(tile + f.tile_bytes + i * kLineBytes);
@@ -194,10 +194,16 @@ SLMOPS_INLINE void walk_tile(const LinearArgs& args, int64_t tile_index, int64_t
 
 /// The table's entry: every format and activation mode.
 inline void linear(const LinearArgs& args, int64_t tile, int64_t begin, int64_t end) {
-  walk_tile(args, tile, begin, end, [](Step& s, int64_t length) {
-    if (s.args.format->activations != Activations::int8) {
-      for_chunks(s, length, float_step);
-    } else if (!matrix_chunks<Matrix>(s, length)) {
+  const Format& f = *args.format;
+  if (f.activations != Activations::int8) {
+    const bool expanded = expands_floats(f, end - begin);
+    const int64_t length = expanded ? float_chunk_length(f) : step_length(f, end - begin);
+    return walk_tile(args, tile, begin, end, length,
+                     [&](Step& s) { for_chunks(s, length, float_step); });
+  }
+  const int64_t length = step_length(f, end - begin);
+  walk_tile(args, tile, begin, end, length, [&](Step& s) {
+    if (!matrix_chunks<Matrix>(s, length)) {
       for_chunks(s, length, [](const Step& step) { int8_step(step); });
     }
   });

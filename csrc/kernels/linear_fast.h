@@ -140,7 +140,7 @@ SLMOPS_INLINE void fast_sub16_pass(const Format& f, const Chunk& chunk, int half
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j, k += kSubGroup) {
       ask.more();
-      F32 t[1][kRows][kLines];
+      F32 t[kChains<kRows>][kRows][kLines];
       clear(t);
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
@@ -151,7 +151,7 @@ SLMOPS_INLINE void fast_sub16_pass(const Format& f, const Chunk& chunk, int half
       for (int l = 0; l < kLines; ++l) {
         const F32 sub = to_f32(sub_scales(block + 16 * kLineBytes + (half + l) * 32, j));
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) acc[r][l] = fma(t[0][r][l], sub, acc[r][l]);
+        for (int r = 0; r < kRows; ++r) acc[r][l] = fma(total(t, r, l), sub, acc[r][l]);
       }
     }
   }
@@ -185,8 +185,8 @@ inline void fast_step(const Step& s) {
 
 /// FastKernels::linear.
 inline void linear_fast(const LinearArgs& args, int64_t tile, int64_t begin, int64_t end) {
-  walk_tile(args, tile, begin, end,
-            [](Step& s, int64_t length) { for_chunks(s, length, fast_step); });
+  const int64_t length = step_length(*args.format, end - begin);
+  walk_tile(args, tile, begin, end, length, [&](Step& s) { for_chunks(s, length, fast_step); });
 }
 
 /// Rows as pairs, and the sums of their groups where zero points or offsets want them.

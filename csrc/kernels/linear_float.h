@@ -9,69 +9,184 @@
 namespace slmops::SLMOPS_ISA {
 namespace {
 
-/// t[r] = fma(x[r][k], w, t[r]) for the four k of a line of u; weight(lane) turns a lane's integer
-/// into w.
-template <int kRows, class Weight>
-SLMOPS_INLINE void add_float(Line u, const float* x, int64_t stride, const Weight& weight,
-                             F32 (&t)[kRows]) {
-  const F32 w[4] = {weight(lane_byte<0>(u)), weight(lane_byte<1>(u)), weight(lane_byte<2>(u)),
-                    weight(lane_byte<3>(u))};
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) t[r] = fma(splat(x[r * stride + i]), w[i], t[r]);
-  }
-}
-
-/// x points at the pass's first row and the chunk's first k.
-template <int kRows>
-SLMOPS_INLINE void float_group_pass(const Format& f, const Chunk& chunk, int half, const float* x,
-                                    int64_t stride, F32 (&acc)[kRows]) {
+/// Calls visit(lines of u, k, weight) for kLines * 16 outputs of a `group` chunk, 4 k each, and
+/// end_group(scales) behind each group: the sum of x * weight(l, integer of u) is to be scaled.
+template <int kLines, class Visit, class EndGroup>
+SLMOPS_INLINE void for_group_lines(const Format& f, const Chunk& chunk, int half,
+                                   const Visit& visit, const EndGroup& end_group) {
   const int64_t line_k = f.bits == 4 ? 8 : 4;
   const int64_t scale_offset = f.group / line_k * 2 * kLineBytes + half * 32;
   const uint8_t* group = chunk.lines;
   for (int64_t k = 0; k < chunk.count; group += f.group_bytes) {
-    const uint8_t* scales = group + scale_offset;
-    const F32 s = load_scale(f.scale_type, scales);
-    F32 z = splat(f.bits == 4 ? 8.0f : 128.0f);
-    if (f.zero_kind == ZeroKind::int16) z = to_f32(load_i16(scales + kLineBytes));
-    if (f.zero_kind == ZeroKind::floating) z = load_scale(f.scale_type, scales + kLineBytes);
-    // u - z, scaled by s after the sum; or s * u + m, and no scale after it.
-    F32 slope = splat(1.0f), shift = negate(z), scale = s;
-    if (f.zero_kind == ZeroKind::offset) {
-      slope = s;
-      shift = load_scale(f.scale_type, scales + kLineBytes);
-      scale = splat(1.0f);
-    }
-    const auto weight = [&](I32 u) { return fma(to_f32(u), slope, shift); };
-    F32 t[kRows];
-    for (F32& lane : t) lane = splat(0.0f);
-    const uint8_t* lines = group + half * kLineBytes;
-    for (const int64_t end = k + f.group; k < end; k += line_k, lines += 2 * kLineBytes) {
-      const Line line = load_line(lines);
-      if (f.bits == 4) {
-        add_float(low_nibbles(line), x + k, stride, weight, t);
-        add_float(high_nibbles(line), x + k + 4, stride, weight, t);
-      } else {
-        add_float(line, x + k, stride, weight, t);
+    F32 slope[kLines], shift[kLines], scale[kLines];
+#pragma GCC unroll 2
+    for (int l = 0; l < kLines; ++l) {
+      const uint8_t* scales = group + scale_offset + l * 32;
+      const F32 s = load_scale(f.scale_type, scales);
+      F32 z = splat(f.bits == 4 ? 8.0f : 128.0f);
+      if (f.zero_kind == ZeroKind::int16) z = to_f32(load_i16(scales + kLineBytes));
+      if (f.zero_kind == ZeroKind::floating) z = load_scale(f.scale_type, scales + kLineBytes);
+      // u - z, scaled by s after the sum; or s * u + m, and no scale after it.
+      slope[l] = splat(1.0f);
+      shift[l] = negate(z);
+      scale[l] = s;
+      if (f.zero_kind == ZeroKind::offset) {
+        slope[l] = s;
+        shift[l] = load_scale(f.scale_type, scales + kLineBytes);
+        scale[l] = splat(1.0f);
       }
     }
-    for (int r = 0; r < kRows; ++r) acc[r] = fma(t[r], scale, acc[r]);
+    const auto weight = [&](int l, I32 u) { return fma(to_f32(u), slope[l], shift[l]); };
+    const uint8_t* lines = group + half * kLineBytes;
+    for (const int64_t end = k + f.group; k < end; k += line_k, lines += 2 * kLineBytes) {
+      Line low[kLines], high[kLines];
+      if (f.bits == 4) {
+        load_nibbles(lines, low, high);
+        visit(low, k, weight);
+        visit(high, k + 4, weight);
+      } else {
+#pragma GCC unroll 2
+        for (int l = 0; l < kLines; ++l) low[l] = load_line(lines + l * kLineBytes);
+        visit(low, k, weight);
+      }
+    }
+    end_group(scale);
   }
 }
 
-template <int kRows>
-SLMOPS_INLINE void float_sub16_pass(const Chunk& chunk, int half, const float* x, int64_t stride,
-                                    F32 (&acc)[kRows]) {
+/// The same of a sub16 chunk, whose sums have no scales but the outputs' own.
+template <int kLines, class Visit>
+SLMOPS_INLINE void for_sub16_lines(const Chunk& chunk, int half, const Visit& visit) {
   const uint8_t* block = chunk.lines;
   for (int64_t k = 0; k < chunk.count; block += kSubBlockBytes) {
     for (int j = 0; j < 4; ++j) {
-      const I32 sub = sub_scales(block + 16 * kLineBytes + half * 32, j) & splat_i32(15);
-      const auto weight = [&](I32 u) { return to_f32((u + splat_i32(-8)) * sub); };
+      I32 sub[kLines];
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l) {
+        sub[l] = sub_scales(block + 16 * kLineBytes + (half + l) * 32, j) & splat_i32(15);
+      }
+      const auto weight = [&](int l, I32 u) { return to_f32((u + splat_i32(-8)) * sub[l]); };
       for (int i = 0; i < 2; ++i, k += 8) {
-        const Line line = load_line(block + (4 * j + 2 * i + half) * kLineBytes);
-        add_float(low_nibbles(line), x + k, stride, weight, acc);
-        add_float(high_nibbles(line), x + k + 4, stride, weight, acc);
+        Line low[kLines], high[kLines];
+        load_nibbles(block + (4 * j + 2 * i + half) * kLineBytes, low, high);
+        visit(low, k, weight);
+        visit(high, k + 4, weight);
+      }
+    }
+  }
+}
+
+/// take(i, weights of the lines' k number i), i in 0..3.
+template <int kLines, class Weight, class Take>
+SLMOPS_INLINE void for_weights(const Line (&u)[kLines], const Weight& weight, const Take& take) {
+  const auto take_one = [&](auto i) {
+    F32 w[kLines];
+#pragma GCC unroll 2
+    for (int l = 0; l < kLines; ++l) w[l] = weight(l, lane_byte<decltype(i)::value>(u[l]));
+    take(decltype(i)::value, w);
+  };
+  take_one(Int<0>{});
+  take_one(Int<1>{});
+  take_one(Int<2>{});
+  take_one(Int<3>{});
+}
+
+/// t[r][l] += x[r][0] * w[l].
+template <int kRows, int kLines>
+SLMOPS_INLINE void add_products(const F32 (&w)[kLines], const float* x, int64_t stride,
+                                F32 (&t)[kRows][kLines]) {
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    const F32 a = splat(x[r * stride]);
+#pragma GCC unroll 2
+    for (int l = 0; l < kLines; ++l) t[r][l] = fma(a, w[l], t[r][l]);
+  }
+}
+
+/// Adds a chunk's products to the sums; x points at the pass's first row and the chunk's first k.
+template <int kRows, int kLines>
+SLMOPS_INLINE void float_pass(const Format& f, const Chunk& chunk, int half, const float* x,
+                              int64_t stride, Ask ask, F32 (&acc)[kRows][kLines]) {
+  F32 t[kRows][kLines];
+  const auto set = [&](const auto& value) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l) t[r][l] = value(r, l);
+    }
+  };
+  const auto add = [&](const auto& u, int64_t k, const auto& weight) {
+    ask.more();
+    for_weights(u, weight, [&](int i, const auto& w) { add_products(w, x + k + i, stride, t); });
+  };
+  const auto zero = [](int, int) { return splat(0.0f); };
+  const auto add_scaled_sums = [&](const auto& scale) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l) acc[r][l] = fma(t[r][l], scale[l], acc[r][l]);
+    }
+    set(zero);
+  };
+  if (f.scale_kind == ScaleKind::group) {
+    set(zero);
+    return for_group_lines<kLines>(f, chunk, half, add, add_scaled_sums);
+  }
+  set([&](int r, int l) { return acc[r][l]; });
+  for_sub16_lines<kLines>(chunk, half, add);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int l = 0; l < kLines; ++l) acc[r][l] = t[r][l];
+  }
+}
+
+/// A chunk's weights, [k][kTile], and behind them the scales of its groups, [group][kTile].
+inline void expand_floats(const Format& f, const Chunk& chunk, float* out) {
+  for (int half = 0; half < 2; ++half) {
+    float* mine = out + half * kLanes;
+    float* scales = mine + chunk.count * kTile;
+    const auto keep = [&](const auto& u, int64_t k, const auto& weight) {
+      for_weights(u, weight, [&](int i, const auto& w) { store(mine + (k + i) * kTile, w[0]); });
+    };
+    if (f.scale_kind == ScaleKind::sub16) {
+      for_sub16_lines<1>(chunk, half, keep);
+    } else {
+      for_group_lines<1>(f, chunk, half, keep, [&](const auto& scale) {
+        store(scales, scale[0]);
+        scales += kTile;
+      });
+    }
+  }
+}
+
+/// float_pass of expanded weights.
+template <int kRows, int kLines>
+SLMOPS_INLINE void expanded_float_pass(const Format& f, int64_t count, const float* weights,
+                                       int half, const float* x, int64_t stride,
+                                       F32 (&acc)[kRows][kLines]) {
+  const float* scales = weights + count * kTile + half * kLanes;
+  weights += half * kLanes;
+  const bool scaled = f.scale_kind == ScaleKind::group;
+  const int64_t group = scaled ? f.group : count;
+  for (int64_t k = 0; k < count; k += group, scales += kTile) {
+    F32 t[kRows][kLines];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l) t[r][l] = scaled ? splat(0.0f) : acc[r][l];
+    }
+    for (int64_t i = 0; i < group; ++i, weights += kTile, ++x) {
+      F32 w[kLines];
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l) w[l] = load(weights + l * kLanes);
+      add_products(w, x, stride, t);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int l = 0; l < kLines; ++l) {
+        acc[r][l] = scaled ? fma(t[r][l], load(scales + l * kLanes), acc[r][l]) : t[r][l];
       }
     }
   }
