@@ -18,29 +18,24 @@ inline void group_step(const Step& s) {
   if constexpr (kBlocks) {
     if (s.rows() > kMaxRows) begin = group_blocks<Block, kBits, kZero>(s);
   }
-  for_passes(s, begin, s.end, [&](auto& acc, int half, int64_t row) {
-    constexpr int kRows = sizeof(acc) / sizeof(acc[0]);
-    constexpr int kLines = sizeof(acc[0]) / sizeof(acc[0][0]);
+  const int64_t calls = s.chunk.count / kLinesK<kBits>;
+  for_asking_passes(s, begin, s.end, calls, [&](auto& acc, int half, int64_t row, auto ask) {
+    using A = decltype(ask);
     const Format& f = *s.args.format;
     const PassRows rows = s.rows_at(row, 0);
     const auto pass = [&](auto dots) {
-      dots.ask = s.ask<kRows, kLines>(row, half, s.chunk.count / dots.kLinesK);
       group_pass<kBits, kZero>(f, {s.chunk.lines, 0, 0}, s.chunk.count, half, dots, rows, acc);
     };
-    const auto short_units = [&](auto alone) {
-      constexpr bool kAlone = decltype(alone)::value != 0;
-      if (s.rows() > kShareRows) {
-        return pass(LineDots<kBits, 1, kShortUnit, NoAsk, kAlone>{rows.codes, rows.code_stride});
-      }
-      pass(LineDots<kBits, 1, kShortUnit, Ask, kAlone>{rows.codes, rows.code_stride});
-    };
-    if constexpr (kRows == kMaxRows && kLongSums > 1) {
+    if constexpr (sizeof(acc) / sizeof(acc[0]) == kMaxRows && kLongSums > 1) {
       if (preset_unit(f) > kShortUnit) {
-        return pass(LineDots<kBits, kLongSums>{rows.codes, rows.code_stride});
+        return pass(LineDots<kBits, A, kLongSums>{rows.codes, rows.code_stride, ask});
       }
-      return f.act_group == kShortUnit ? short_units(Int<1>{}) : short_units(Int<0>{});
+      if (f.act_group == kShortUnit) {
+        return pass(LineDots<kBits, A, 1, kShortUnit, true>{rows.codes, rows.code_stride, ask});
+      }
+      return pass(LineDots<kBits, A, 1, kShortUnit>{rows.codes, rows.code_stride, ask});
     }
-    pass(LineDots<kBits>{rows.codes, rows.code_stride});
+    pass(LineDots<kBits, A>{rows.codes, rows.code_stride, ask});
   });
 }
 
@@ -62,37 +57,36 @@ inline void sub16_step(const Step& s) {
       s.prefetch_share(row);
       const PassRows rows = s.expanded_rows_at(row, 0);
       constexpr int kSums = sizeof(acc) / sizeof(acc[0]) == kMaxRows ? kLongSums : 1;
-      expanded_pass(f, lines, half, LineDots<8, kSums>{rows.codes, rows.code_stride}, rows, acc);
+      const LineDots<8, NoAsk, kSums> dots = {rows.codes, rows.code_stride, {}};
+      expanded_pass(f, lines, half, dots, rows, acc);
     });
     return;
   }
-  for_passes(s, begin, s.end, [&](auto& acc, int half, int64_t row) {
-    constexpr int kRows = sizeof(acc) / sizeof(acc[0]);
-    constexpr int kLines = sizeof(acc[0]) / sizeof(acc[0][0]);
-    const Ask ask = s.ask<kRows, kLines>(row, half, s.chunk.count / kSubGroup);
-    if (f.act_group >= kSubBlock) {
-      sub16_pass<true>(f, s.chunk, half, s.rows_at(row, 0), ask, acc);
-    } else {
-      sub16_pass<false>(f, s.chunk, half, s.rows_at(row, 0), ask, acc);
-    }
-  });
+  const auto add = [&](auto whole_blocks) {
+    const int64_t calls = s.chunk.count / kSubGroup;
+    for_asking_passes(s, begin, s.end, calls, [&](auto& acc, int half, int64_t row, auto ask) {
+      constexpr bool kWholeBlocks = decltype(whole_blocks)::value != 0;
+      sub16_pass<kWholeBlocks>(f, s.chunk, half, s.rows_at(row, 0), ask, acc);
+    });
+  };
+  if (f.act_group >= kSubBlock) return add(Int<1>{});
+  add(Int<0>{});
 }
 
 inline void float_step(const Step& s) {
   const Format& f = *s.args.format;
-  const bool expanded = expands_floats(f, s.rows());
-  float* weights = reinterpret_cast<float*>(s.room);
-  if (expanded) expand_floats(f, s.chunk, weights);
-  for_passes(s, s.begin, s.end, [&](auto& acc, int half, int64_t row) {
-    constexpr int kRows = sizeof(acc) / sizeof(acc[0]);
-    constexpr int kLines = sizeof(acc[0]) / sizeof(acc[0][0]);
-    const float* x = s.args.x + row * f.k_padded + s.k;
-    if (expanded) {
-      s.prefetch_share(row);
-      return expanded_float_pass(f, s.chunk.count, weights, half, x, f.k_padded, acc);
-    }
-    const Ask ask = s.ask<kRows, kLines>(row, half, s.chunk.count / 4);
-    float_pass(f, s.chunk, half, x, f.k_padded, ask, acc);
+  const auto x_at = [&](int64_t row) { return s.args.x + row * f.k_padded + s.k; };
+  if (expands_floats(f, s.rows())) {
+    float* weights = reinterpret_cast<float*>(s.room);
+    expand_floats(f, s.chunk, weights);
+    return for_passes(s, s.begin, s.end, [&](auto& acc, int half, int64_t row) {
+      if (half == 0) s.prefetch_share(row);
+      expanded_float_pass(f, s.chunk.count, weights, half, x_at(row), f.k_padded, acc);
+    });
+  }
+  const int64_t calls = s.chunk.count / 4;
+  for_asking_passes(s, s.begin, s.end, calls, [&](auto& acc, int half, int64_t row, auto ask) {
+    float_pass(f, s.chunk, half, x_at(row), f.k_padded, ask, acc);
   });
 }
 

@@ -21,9 +21,8 @@ struct Ask {
   }
 };
 
-/// In its place: nothing, where even that little is felt (units of 32 k of many rows: 2 %).
+/// In its place: nothing, where even that little is felt.
 struct NoAsk {
-  SLMOPS_INLINE NoAsk(const Ask& /*ask*/) {}
   SLMOPS_INLINE void more() {}
 };
 
@@ -192,10 +191,10 @@ SLMOPS_INLINE void add_sub16(const uint8_t* block, int j, int half, const int8_t
 
 /// Adds a whole block of 64 k of sub16 lines to the sums, reading it in the order in which it lies
 /// in memory: for at most kSubBlockRows rows, whose dots of four sub-groups fit the registers.
-template <int kRows, int kLines>
+template <int kRows, int kLines, class A>
 SLMOPS_INLINE void add_sub16_block(const uint8_t* block, int half, const int8_t* codes,
                                    int64_t stride, const int32_t* presets, int64_t preset_stride,
-                                   Ask& ask, I32 (&sum)[kRows][kLines]) {
+                                   A& ask, I32 (&sum)[kRows][kLines]) {
   Dot4 dot[4][kRows][kLines];
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {

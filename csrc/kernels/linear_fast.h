@@ -93,10 +93,10 @@ SLMOPS_INLINE F32 total(const F32 (&t)[kSums][kRows][kLines], int r, int l) {
 }
 
 /// x: pairs of the pass's first row at the chunk's first k; sums: of x in its groups.
-template <int kBits, bool kZeros, int kRows, int kLines>
+template <int kBits, bool kZeros, class A, int kRows, int kLines>
 SLMOPS_INLINE void fast_group_pass(const Format& f, const Chunk& chunk, int half,
                                    const Tables& tables, const uint16_t* x, const float* sums,
-                                   int64_t sum_stride, Ask ask, F32 (&acc)[kRows][kLines]) {
+                                   int64_t sum_stride, A ask, F32 (&acc)[kRows][kLines]) {
   constexpr int64_t kEight = kBits == 4 ? 2 * kLineBytes : 4 * kLineBytes;
   const int64_t scale_offset = f.group / 8 * kEight + half * 32;
   const uint8_t* group = chunk.lines;
@@ -131,9 +131,9 @@ SLMOPS_INLINE void fast_group_pass(const Format& f, const Chunk& chunk, int half
   }
 }
 
-template <int kRows, int kLines>
+template <class A, int kRows, int kLines>
 SLMOPS_INLINE void fast_sub16_pass(const Format& f, const Chunk& chunk, int half,
-                                   const Tables& tables, const uint16_t* x, Ask ask,
+                                   const Tables& tables, const uint16_t* x, A ask,
                                    F32 (&acc)[kRows][kLines]) {
   const uint8_t* block = chunk.lines;
   for (int64_t k = 0; k < chunk.count; block += kSubBlockBytes) {
@@ -161,10 +161,8 @@ inline void fast_step(const Step& s) {
   const Format& f = *s.args.format;
   const Tables tables = tables_of(f);
   const int64_t groups = f.k_padded / f.group;
-  for_passes(s, s.begin, s.end, [&](auto& acc, int half, int64_t row) {
-    constexpr int kRows = sizeof(acc) / sizeof(acc[0]);
-    constexpr int kLines = sizeof(acc[0]) / sizeof(acc[0][0]);
-    const Ask ask = s.ask<kRows, kLines>(row, half, s.chunk.count / 16);
+  const int64_t calls = s.chunk.count / 16;
+  for_asking_passes(s, s.begin, s.end, calls, [&](auto& acc, int half, int64_t row, auto ask) {
     const uint16_t* x = s.args.pairs.x + row * f.k_padded + s.k;
     if (f.scale_kind == ScaleKind::sub16) {
       return fast_sub16_pass(f, s.chunk, half, tables, x, ask, acc);

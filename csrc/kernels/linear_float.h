@@ -79,16 +79,16 @@ SLMOPS_INLINE void for_sub16_lines(const Chunk& chunk, int half, const Visit& vi
 /// take(i, weights of the lines' k number i), i in 0..3.
 template <int kLines, class Weight, class Take>
 SLMOPS_INLINE void for_weights(const Line (&u)[kLines], const Weight& weight, const Take& take) {
-  const auto take_one = [&](auto i) {
-    F32 w[kLines];
+  F32 w[4][kLines];
 #pragma GCC unroll 2
-    for (int l = 0; l < kLines; ++l) w[l] = weight(l, lane_byte<decltype(i)::value>(u[l]));
-    take(decltype(i)::value, w);
-  };
-  take_one(Int<0>{});
-  take_one(Int<1>{});
-  take_one(Int<2>{});
-  take_one(Int<3>{});
+  for (int l = 0; l < kLines; ++l) {
+    w[0][l] = weight(l, lane_byte<0>(u[l]));
+    w[1][l] = weight(l, lane_byte<1>(u[l]));
+    w[2][l] = weight(l, lane_byte<2>(u[l]));
+    w[3][l] = weight(l, lane_byte<3>(u[l]));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) take(i, w[i]);
 }
 
 /// t[r][l] += x[r][0] * w[l].
@@ -104,9 +104,9 @@ SLMOPS_INLINE void add_products(const F32 (&w)[kLines], const float* x, int64_t 
 }
 
 /// Adds a chunk's products to the sums; x points at the pass's first row and the chunk's first k.
-template <int kRows, int kLines>
+template <class A, int kRows, int kLines>
 SLMOPS_INLINE void float_pass(const Format& f, const Chunk& chunk, int half, const float* x,
-                              int64_t stride, Ask ask, F32 (&acc)[kRows][kLines]) {
+                              int64_t stride, A ask, F32 (&acc)[kRows][kLines]) {
   F32 t[kRows][kLines];
   const auto set = [&](const auto& value) {
 #pragma GCC unroll 4

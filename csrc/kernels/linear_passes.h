@@ -71,17 +71,20 @@ struct GroupWalk {
   }
 };
 
+/// k of the lines that are added at a time.
+template <int kBits>
+constexpr int64_t kLinesK = kBits == 4 ? 32 : 16;
+
 /// The integer dots of a unit, `k` of the chunk behind it, are added to `sum`, in kSums of which
 /// their quads take turns. Passes call it for units in order; all have kUnit k, unless that is 0,
 /// and each, if kAlone, is an activation group.
-template <int kBits, int kSums = 1, int64_t kUnit = 0, class A = Ask, bool kAlone = false>
+template <int kBits, class A, int kSums = 1, int64_t kUnit = 0, bool kAlone = false>
 struct LineDots {
   static constexpr int64_t unit = kUnit;
   static constexpr bool alone = kAlone;
-  static constexpr int64_t kLinesK = kBits == 4 ? 32 : 16;  // at a time
   const int8_t* codes;
   int64_t stride;
-  A ask = Ask{};
+  A ask;
 
   template <int kRows, int kLines>
   SLMOPS_INLINE void add(const uint8_t* lines, int half, int64_t k, int64_t count,
@@ -99,11 +102,12 @@ struct LineDots {
     const int8_t* at = codes + k;
     if constexpr (kUnit != 0) {
 #pragma GCC unroll 2
-      for (int64_t i = 0; i < kUnit; i += kLinesK) {
-        add_lines(lines + i / kLinesK * 8 * kLineBytes, at + i, sums);
+      for (int64_t i = 0; i < kUnit; i += kLinesK<kBits>) {
+        add_lines(lines + i / kLinesK<kBits> * 8 * kLineBytes, at + i, sums);
       }
     } else {
-      for (const int8_t* end = at + count; at < end; at += kLinesK, lines += 8 * kLineBytes) {
+      for (const int8_t* end = at + count; at < end;
+           at += kLinesK<kBits>, lines += 8 * kLineBytes) {
         add_lines(lines, at, sums);
       }
     }
@@ -193,9 +197,9 @@ SLMOPS_INLINE void group_pass(const Format& f, GroupWalk walk, int64_t end, int 
 
 /// sub16 lines, before the outputs' own scales: acc = fma(I, s_a, acc). An activation group is
 /// whole 64-k blocks or, where it is 32 long, half a one.
-template <bool kWholeBlocks, int kRows, int kLines>
+template <bool kWholeBlocks, class A, int kRows, int kLines>
 SLMOPS_INLINE void sub16_pass(const Format& f, const Chunk& chunk, int half, const PassRows& rows,
-                              Ask ask, F32 (&acc)[kRows][kLines]) {
+                              A ask, F32 (&acc)[kRows][kLines]) {
   constexpr int kGroups = kWholeBlocks ? 4 : 2;
   const int8_t* codes = rows.codes;
   const int32_t* presets = rows.presets;
