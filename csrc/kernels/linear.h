@@ -163,13 +163,16 @@ SLMOPS_INLINE void walk_tile(const LinearArgs& args, int64_t tile_index, int64_t
   const size_t sum_bytes = static_cast<size_t>((end - begin) * kTile) * sizeof(float);
   memset(sums, 0, sum_bytes);
   const int64_t block = scale_block(f), unit = preset_unit(f);
+  const int64_t chunk_bytes = length / block * f.group_bytes;
+  const int64_t passes = (end - begin + kMaxRows - 1) / kMaxRows;
   Step s = {.args = args,
             .begin = begin,
             .end = end,
             .sums = sums,
             .room = args.scratch + sum_bytes,
             .chunk = {tile, length},
-            .chunk_bytes = length / block * f.group_bytes,
+            .chunk_bytes = chunk_bytes,
+            .share = (chunk_bytes / kLineBytes + passes - 1) / passes * kLineBytes,
             .k = 0,
             .act_group = 0,
             .unit = 0,

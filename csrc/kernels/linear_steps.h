@@ -26,6 +26,7 @@ struct Step {
   uint8_t* room;       // of the scratch behind the sums
   Chunk chunk;
   int64_t chunk_bytes;
+  int64_t share;                                         // of those, for each kMaxRows rows
   int64_t k, act_group, unit;                            // the chunk's first
   int64_t act_groups, presets_per_row, presets_per_act;  // of a whole row, of an activation group
   int64_t first_output;
@@ -36,8 +37,6 @@ struct Step {
   /// Asks for the chunk after this one, a share of it before each pass, so that memory works while
   /// the passes over lines in the cache do.
   SLMOPS_INLINE void prefetch_share(int64_t row) const {
-    const int64_t passes = (rows() + kMaxRows - 1) / kMaxRows;
-    const int64_t share = (chunk_bytes / kLineBytes + passes - 1) / passes * kLineBytes;
     const uint8_t* next = chunk.lines + chunk_bytes + (row - begin) / kMaxRows * share;
     for (int64_t i = 0; i < share; i += kLineBytes) prefetch(next + i);
   }
