@@ -110,44 +110,47 @@ SLMOPS_NOINLINE void finish_pass(const Step& s, int64_t begin, int64_t end) {
   finish_rows(s, begin, end);
 }
 
-template <class Body>
-SLMOPS_NOINLINE void outlined(const Body& body) {
-  body();
+/// Calls pass(acc, half, row) for kRows rows of the step, from `row` on.
+template <int kRows, class Pass>
+SLMOPS_INLINE void run_pass(const Step& s, int64_t row, int half, const Pass& pass) {
+  constexpr int kLines = kPassLines<kRows>;
+  float* mine = s.sums_at(row) + half * kLanes;
+  F32 acc[kRows][kLines];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int l = 0; l < kLines; ++l) acc[r][l] = load(mine + r * kTile + l * kLanes);
+  }
+  pass(acc, half, row);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int l = 0; l < kLines; ++l) store(mine + r * kTile + l * kLanes, acc[r][l]);
+  }
 }
 
-/// Calls pass(acc, half, row) for kRows rows of the step, from `row` on, and all halves.
+/// The same as a function of its own.
+template <int kRows, class Pass>
+SLMOPS_NOINLINE void run_pass_apart(const Step& s, int64_t row, int half, const Pass& pass) {
+  run_pass<kRows>(s, row, half, pass);
+}
+
+/// The same for all halves. Where one of them fills the registers, each pass is a function: several
+/// in one would share them badly (g++ 12, 4 rows of sub16: 1.4 times the instructions on AArch64,
+/// 1.9 times the time on AVX-VNNI). Elsewhere that would cost 3 % of sub16 and 5 % of int8.
 template <int kRows, class Pass>
 SLMOPS_INLINE void pass_over(const Step& s, int64_t row, const Pass& pass) {
-  constexpr int kLines = kPassLines<kRows>;
-  for (int half = 0; half < 2; half += kLines) {
-    const auto run = [&]() {
-      float* mine = s.sums_at(row) + half * kLanes;
-      F32 acc[kRows][kLines];
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-        for (int l = 0; l < kLines; ++l) acc[r][l] = load(mine + r * kTile + l * kLanes);
-      }
-      pass(acc, half, row);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-        for (int l = 0; l < kLines; ++l) store(mine + r * kTile + l * kLanes, acc[r][l]);
-      }
-    };
-    // Where one half fills the registers, each pass is a function of its own: several in one would
-    // share them badly (g++ 12, 4 rows of sub16: 1.4 times the instructions on AArch64, 1.9 times
-    // the time of AVX-VNNI). Elsewhere that costs 3 % of sub16 and 5 % of int8.
+  for (int half = 0; half < 2; half += kPassLines<kRows>) {
     if constexpr (kPassLines<kMaxRows> == 1) {
-      outlined(run);
+      run_pass_apart<kRows>(s, row, half, pass);
     } else {
-      run();
+      run_pass<kRows>(s, row, half, pass);
     }
   }
   if (s.finish) finish_pass(s, row, row + kRows);
 }
 
-/// The same for rows [begin, end), kMaxRows at a time.
+/// The same for rows [begin, end) and all halves, kMaxRows at a time.
 template <class Pass>
 SLMOPS_INLINE void for_passes(const Step& s, int64_t begin, int64_t end, const Pass& pass) {
   for (int64_t row = begin; row < end; row += kMaxRows) {
