@@ -133,7 +133,7 @@ template <class M>
 SLMOPS_INLINE bool matrix_chunks(Step& s, int64_t length) {
   if constexpr (M::kRows != 0) {
     static_assert(M::kRows == kMatrixRows && 2 * M::kRows == kMostMatrixRows);
-    if (fits_matrix(*s.args.format, s.end - s.begin)) {
+    if (fits_matrix(*s.args.format, s.rows())) {
       const M matrix(matrix_unit(*s.args.format));
       for_chunks(s, length, [&](const Step& step) { int8_step(step, matrix); });
       return true;

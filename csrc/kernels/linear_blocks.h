@@ -305,7 +305,7 @@ SLMOPS_NOINLINE void sub16_tile(const Format& f, int64_t count, const BlockRoom&
 /// prefetch_share of a block's rows, four lines at a time.
 SLMOPS_INLINE void prefetch_block_share(const Step& s, int64_t row) {
   constexpr int64_t kBytes = 4 * kLineBytes;
-  const int64_t blocks = (s.end - s.begin + kBlockRows8 - 1) / kBlockRows8;
+  const int64_t blocks = (s.rows() + kBlockRows8 - 1) / kBlockRows8;
   const int64_t share = (s.chunk_bytes / kBytes + blocks - 1) / blocks * kBytes;
   const uint8_t* next = s.chunk.lines + s.chunk_bytes + (row - s.begin) / kBlockRows8 * share;
   for (const uint8_t* end = next + share; next < end; next += kBytes) {
