@@ -28,6 +28,7 @@ LONG = (
     Case(4096, 32),
     Case(128, 0, batch=4),
     Case(8, 64, batch=4),
+    Case(8, 64, batch=16),
 )
 # Compiling takes minutes.
 USUAL = tuple(engine.name for engine in ENGINES if engine.options.get("kind") != "compiled")
