@@ -335,6 +335,7 @@ MIXED = [
     ((13,), 97, 128),
     ((1, 1, 5), 1, 1),
     ((50,), 40, 129),
+    ((70,), 33, 160),
 ]
 CASES = [
     *(_linear(fmt, *shape) for fmt in FORMATS for shape in MIXED if whole_k_only(fmt, shape[2])),
@@ -344,6 +345,8 @@ CASES = [
         if whole_k_only(fmt, 160)
         for values in VALUES[1:]
     ),
+    # groups too long for their float weights to be made once for all rows
+    *(_linear(Format(8, -1, -1, zero, "float"), (13,), 33, 1100) for zero in ("none", "float")),
     *(
         _linear(fmt, (3,), 70, 192, bias=bias, perm=perm, out_dtype=out)
         for fmt in (FORMATS[0], FORMATS[6], FORMATS[14], FORMATS[22])
