@@ -28,27 +28,6 @@ SLMOPS_INLINE int64_t for_vectors(int64_t begin, int64_t end, const Body& body) 
 }
 
 template <int kRows, int kVectors>
-SLMOPS_INLINE void clear(F32 (&sum)[kRows][kVectors]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) sum[r][j] = splat(0.0f);
-  }
-}
-
-/// sum[r] += a[r * stride] * x, one fma each.
-template <int kRows, int kVectors>
-SLMOPS_INLINE void add_products(const float* a, int64_t stride, const F32 (&x)[kVectors],
-                                F32 (&sum)[kRows][kVectors]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    const F32 factor = splat(a[r * stride]);
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) sum[r][j] = fma(factor, x[j], sum[r][j]);
-  }
-}
-
-template <int kRows, int kVectors>
 SLMOPS_INLINE void store_sums(const F32 (&sum)[kRows][kVectors], float* out, int64_t stride) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {

@@ -165,5 +165,26 @@ inline void convert(const void* in, DType in_type, void* out, DType out_type, in
   if (i < count) store_tail(out_type, out, i, load_tail(in_type, in, i, count - i), count - i);
 }
 
+template <int kRows, int kVectors>
+SLMOPS_INLINE void clear(F32 (&sum)[kRows][kVectors]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) sum[r][j] = splat(0.0f);
+  }
+}
+
+/// sum[r] += a[r * stride] * x, one fma each.
+template <int kRows, int kVectors>
+SLMOPS_INLINE void add_products(const float* a, int64_t stride, const F32 (&x)[kVectors],
+                                F32 (&sum)[kRows][kVectors]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const F32 factor = splat(a[r * stride]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) sum[r][j] = fma(factor, x[j], sum[r][j]);
+  }
+}
+
 }  // namespace
 }  // namespace slmops::SLMOPS_ISA

@@ -315,6 +315,7 @@ constexpr int64_t float_chunk_length(const Format& f) {
   constexpr int64_t kAbout = 128;
   return scale_block(f) >= kAbout ? scale_block(f) : kAbout / scale_block(f) * scale_block(f);
 }
+/// Whether those of `rows` rows are.
 constexpr bool expands_floats(const Format& f, int64_t rows) {
   constexpr int64_t kRows = 12, kMostGroup = 1024;
   return rows >= kRows && f.activations != Activations::int8 && scale_block(f) <= kMostGroup;

@@ -54,7 +54,7 @@ inline void sub16_step(const Step& s) {
     expand_chunk(s.chunk, s.room, store_lines);
     const Chunk lines = {s.room, s.chunk.count};
     for_passes(s, s.begin, s.end, [&](auto& acc, int half, int64_t row) {
-      s.prefetch_share(row);
+      if (half == 0) s.prefetch_share(row);
       const PassRows rows = s.expanded_rows_at(row, 0);
       constexpr int kSums = sizeof(acc) / sizeof(acc[0]) == kMaxRows ? kLongSums : 1;
       const LineDots<8, NoAsk, kSums> dots = {rows.codes, rows.code_stride, {}};
@@ -192,15 +192,12 @@ SLMOPS_INLINE void walk_tile(const LinearArgs& args, int64_t tile_index, int64_t
 /// The table's entry: every format and activation mode.
 inline void linear(const LinearArgs& args, int64_t tile, int64_t begin, int64_t end) {
   const Format& f = *args.format;
-  if (f.activations != Activations::int8) {
-    const bool expanded = expands_floats(f, end - begin);
-    const int64_t length = expanded ? float_chunk_length(f) : step_length(f, end - begin);
-    return walk_tile(args, tile, begin, end, length,
-                     [&](Step& s) { for_chunks(s, length, float_step); });
-  }
-  const int64_t length = step_length(f, end - begin);
+  const int64_t rows = end - begin;
+  const int64_t length = expands_floats(f, rows) ? float_chunk_length(f) : step_length(f, rows);
   walk_tile(args, tile, begin, end, length, [&](Step& s) {
-    if (!matrix_chunks<Matrix>(s, length)) {
+    if (f.activations != Activations::int8) {
+      for_chunks(s, length, float_step);
+    } else if (!matrix_chunks<Matrix>(s, length)) {
       for_chunks(s, length, [](const Step& step) { int8_step(step); });
     }
   });

@@ -75,13 +75,7 @@ SLMOPS_INLINE void add_eight(const uint8_t* lines, const Tables& tables, const u
 template <int kSums, int kRows, int kLines>
 SLMOPS_INLINE void clear(F32 (&t)[kSums][kRows][kLines]) {
 #pragma GCC unroll 4
-  for (auto& sums : t) {
-#pragma GCC unroll 4
-    for (auto& row : sums) {
-#pragma GCC unroll 2
-      for (F32& sum : row) sum = splat(0.0f);
-    }
-  }
+  for (auto& sums : t) clear(sums);
 }
 
 template <int kSums, int kRows, int kLines>

@@ -91,15 +91,12 @@ SLMOPS_INLINE void for_weights(const Line (&u)[kLines], const Weight& weight, co
   for (int i = 0; i < 4; ++i) take(i, w[i]);
 }
 
-/// t[r][l] += x[r][0] * w[l].
 template <int kRows, int kLines>
-SLMOPS_INLINE void add_products(const F32 (&w)[kLines], const float* x, int64_t stride,
-                                F32 (&t)[kRows][kLines]) {
+SLMOPS_INLINE void copy(const F32 (&from)[kRows][kLines], F32 (&to)[kRows][kLines]) {
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    const F32 a = splat(x[r * stride]);
 #pragma GCC unroll 2
-    for (int l = 0; l < kLines; ++l) t[r][l] = fma(a, w[l], t[r][l]);
+    for (int l = 0; l < kLines; ++l) to[r][l] = from[r][l];
   }
 }
 
@@ -108,37 +105,24 @@ template <class A, int kRows, int kLines>
 SLMOPS_INLINE void float_pass(const Format& f, const Chunk& chunk, int half, const float* x,
                               int64_t stride, A ask, F32 (&acc)[kRows][kLines]) {
   F32 t[kRows][kLines];
-  const auto set = [&](const auto& value) {
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-      for (int l = 0; l < kLines; ++l) t[r][l] = value(r, l);
-    }
-  };
   const auto add = [&](const auto& u, int64_t k, const auto& weight) {
     ask.more();
-    for_weights(u, weight, [&](int i, const auto& w) { add_products(w, x + k + i, stride, t); });
+    for_weights(u, weight, [&](int i, const auto& w) { add_products(x + k + i, stride, w, t); });
   };
-  const auto zero = [](int, int) { return splat(0.0f); };
-  const auto add_scaled_sums = [&](const auto& scale) {
+  if (f.scale_kind == ScaleKind::sub16) {
+    copy(acc, t);
+    for_sub16_lines<kLines>(chunk, half, add);
+    return copy(t, acc);
+  }
+  clear(t);
+  for_group_lines<kLines>(f, chunk, half, add, [&](const auto& scale) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
       for (int l = 0; l < kLines; ++l) acc[r][l] = fma(t[r][l], scale[l], acc[r][l]);
     }
-    set(zero);
-  };
-  if (f.scale_kind == ScaleKind::group) {
-    set(zero);
-    return for_group_lines<kLines>(f, chunk, half, add, add_scaled_sums);
-  }
-  set([&](int r, int l) { return acc[r][l]; });
-  for_sub16_lines<kLines>(chunk, half, add);
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int l = 0; l < kLines; ++l) acc[r][l] = t[r][l];
-  }
+    clear(t);
+  });
 }
 
 /// A chunk's weights, [k][kTile], and behind them the scales of its groups, [group][kTile].
@@ -180,7 +164,7 @@ SLMOPS_INLINE void expanded_float_pass(const Format& f, int64_t count, const flo
       F32 w[kLines];
 #pragma GCC unroll 2
       for (int l = 0; l < kLines; ++l) w[l] = load(weights + l * kLanes);
-      add_products(w, x, stride, t);
+      add_products(x, stride, w, t);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
