@@ -56,6 +56,7 @@ class Layers:
     cast: bool = True
     softcap: float = 0.0
     multiplier: float = 1.0
+    keep: int = 0
     values: str = "normal"
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
@@ -103,6 +104,7 @@ class Layers:
             "scale": 0.3,
             "softcap": self.softcap,
             "residual_multiplier": self.multiplier,
+            "keep": self.keep,
         }
 
     def _int8(self, floats: Any) -> list[Tensor]:
@@ -170,6 +172,13 @@ CASES = [
         for length, start in ((1, 13), (33, 290))
     ),
     Layers(rotary=False, values="special", int8=True, qk_norms="full"),
+    *(
+        Layers((SUB16, INT8), 2, 20, 590, 620, mask=mask, d=24, keep=keep, **cache)
+        for keep, mask in ((1, ""), (1, "bool"), (5, "float"), (20, "bool"))
+        for cache in ({}, {"blocked": True}, {"int8": True})
+    ),
+    Layers(batch=1, length=300, slots=300, keep=1, norms="both", positions=True),
+    Layers((SUB16, SUB16), length=40, slots=0, keep=7),
     Layers(batch=0),
     Layers(length=0, start=3),
 ]
@@ -209,13 +218,23 @@ def test_layers_together_are_layers_one_by_one() -> None:
     assert_all_same([x, *caches], expected)
 
 
+@pytest.mark.parametrize("keep", [1, 7, 299, 300])
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_is_kept_is_the_end_of_all(count: int, keep: int) -> None:
+    case = Layers((SUB16,) * count, length=300, start=7, slots=320, mask="bool", positions=True)
+    arguments = case.arguments(torch.bfloat16)
+    x, *cache = run(ops, arguments)
+    expected = [x[:, -keep:].contiguous(), *cache]
+    assert_all_same(run(ops, arguments | {"keep": keep}), expected)
+
+
 @pytest.mark.parametrize("norms", ["pre", "post"])
 @pytest.mark.parametrize("length", [1, 60])
 def test_number_of_threads(length: int, norms: str, threads: None) -> None:
     qk_norms = "full" if norms == "post" else ""
     case = Layers((SUB16, INT8), 2, length, 560, 620, k=256, hidden=320, qk_norms=qk_norms)
     case = replace(case, int8=norms == "post")
-    arguments = replace(case, norms=norms, d=64).arguments(torch.bfloat16)
+    arguments = replace(case, norms=norms, d=64, keep=length // 9).arguments(torch.bfloat16)
     torch.set_num_threads(1)
     expected = run(ops, arguments)
     for count in range(2, 9):
@@ -286,6 +305,8 @@ WRONG = {
     "positions": ({"position_ids": torch.zeros(2, 4, dtype=torch.long)}, "position_ids of shape"),
     "scale": ({"scale": float("nan")}, "finite"),
     "softcap": ({"softcap": -1.0}, "softcap"),
+    "more kept than there are": ({"keep": 4}, "keep in 0..3"),
+    "fewer kept than none": ({"keep": -1}, "keep in 0..3"),
 }
 
 
@@ -307,8 +328,8 @@ def test_wrong_weights(part: str) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [CASES[5], CASES[15], CASES[16], Layers((SUB16, GROUP), int8=True)],
-    ids=["many", "none", "masked", "int8"],
+    [CASES[5], CASES[15], CASES[16], Layers((SUB16, GROUP), int8=True, keep=2)],
+    ids=["many", "none", "masked", "int8, the last two"],
 )
 def test_opcheck(case: Layers) -> None:
     arguments = tuple(case.arguments(torch.bfloat16).values())

@@ -16,7 +16,7 @@ from torch_slmops.fuse import Block, Swap, build, put
 from torch_slmops.modules import Embedding, Linear, PackedModule
 from torch_slmops.plan import Formats, Work, by_weight, count, weight_of
 from torch_slmops.processes import uninterrupted
-from torch_slmops.stack import link_runs
+from torch_slmops.stack import link_layers
 from torch_slmops.survey import Site
 from torch_slmops.weights import QuantizedWeight
 
@@ -163,7 +163,7 @@ def swap(
             if child in replacements:
                 parent._modules[name] = replacements[child]
     put(swaps)
-    link_runs(model)
+    link_layers(model)
     for module, kept in ties.items():
         vars(module).setdefault("_slmops_ties", getattr(module, "_tied_weights_keys", None))
         vars(module)["_tied_weights_keys"] = kept

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torch_slmops.attention import NAME
 from torch_slmops.fused import SNAPSHOT, AttentionSpec, ExpertsSpec, Fused, MLPSpec
+from torch_slmops.last_positions import LastPositions
 from torch_slmops.modules import Embedding, PackedModule
 from torch_slmops.packed_rows import Rows
 from torch_slmops.stack import Layers
@@ -57,6 +58,10 @@ def dequantize(model: Model, *, dtype: torch.dtype | None = None) -> Model:
             vars(block).pop(name, None)
         block.__class__ = type(block).__bases__[1]
     for parent in list(model.modules()):
+        if isinstance(parent, LastPositions):
+            del vars(parent)["slmops_stack"]
+            causal_lm: Any = parent
+            causal_lm.__class__ = type(parent).__bases__[1]
         if type(parent) is Layers:
             layer_list: Any = parent
             layer_list.__class__ = nn.ModuleList

@@ -23,7 +23,7 @@ from torch_slmops.fused import (
     FusedRMSNorm,
     MLPSpec,
     NormSpec,
-    fused_class,
+    derived_class,
 )
 from torch_slmops.fused_decoder import FusedDecoderLayer, LayerSpec
 from torch_slmops.fused_experts import FusedExperts
@@ -386,4 +386,4 @@ def put(swaps: list[Swap]) -> None:
             del swap.module._parameters[name]
         swap.module._modules.update(swap.children)
         vars(swap.module)["slmops"] = swap.spec
-        swap.module.__class__ = fused_class(_CLASSES[type(swap.spec)], type(swap.module))
+        swap.module.__class__ = derived_class(_CLASSES[type(swap.spec)], type(swap.module))

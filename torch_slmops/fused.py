@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ __all__ = [
     "HOOKS",
     "SNAPSHOT",
     "AttentionSpec",
+    "Derived",
     "ExpertsSpec",
     "Fused",
     "FusedAttention",
@@ -31,7 +32,7 @@ __all__ = [
     "MLPSpec",
     "NormSpec",
     "attend",
-    "fused_class",
+    "derived_class",
     "has_hooks",
     "read",
     "scaling_of",
@@ -104,16 +105,23 @@ class AttentionSpec:
     packed: str = "qkv"
 
 
-class Fused(nn.Module):
-    """What fused blocks share; `slmops` says what was fused."""
+class Derived(nn.Module):
+    """What replaces the class of a module, on the instance, is a subclass of this and of it."""
 
-    slmops: Any
+    _prefix: ClassVar[str] = ""  # of its name
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made on the fly; pickle could not find it.
         kind, base = type(self).__bases__
         state = {name: value for name, value in vars(self).items() if name != SNAPSHOT}
         return _bare, (kind, base), state
+
+
+class Fused(Derived):
+    """What fused blocks share; `slmops` says what was fused."""
+
+    _prefix = "Fused"
+    slmops: Any
 
     def describe(self) -> str:
         """Returns in a few words what was fused."""
@@ -156,20 +164,21 @@ def has_hooks(module: nn.Module | None) -> bool:
     return "forward" in own or any(own[name] for name in HOOKS)
 
 
-_classes: dict[tuple[type, type], type[Fused]] = {}
+_classes: dict[tuple[type, type], type[Derived]] = {}
 
 
-def fused_class(kind: type[Fused], base: type[nn.Module]) -> type[Fused]:
-    """Returns the subclass of `base` whose forward is that of `kind`."""
+def derived_class(kind: type[Derived], base: type[nn.Module]) -> type[Derived]:
+    """Returns the subclass of both whose methods are first those of `kind`."""
     made = _classes.get((kind, base))
     if made is None:
-        made = type(f"Fused{base.__name__}", (kind, base), {"__module__": base.__module__})
+        name = kind._prefix + base.__name__
+        made = type(name, (kind, base), {"__module__": base.__module__})
         _classes[kind, base] = made
     return made
 
 
-def _bare(kind: type[Fused], base: type[nn.Module]) -> Fused:
-    made = fused_class(kind, base)
+def _bare(kind: type[Derived], base: type[nn.Module]) -> Derived:
+    made = derived_class(kind, base)
     return made.__new__(made)
 
 

@@ -27,6 +27,7 @@ from torch_slmops.fused import (
     read,
     scaling_of,
 )
+from torch_slmops.last_positions import positions_wanted
 from torch_slmops.modules import Linear
 from torch_slmops.packed_rows import GateUp
 from torch_slmops.slots import KeptSlots, Slots
@@ -170,6 +171,7 @@ class FusedDecoderLayer(Fused):
             scaling_of(attention, inner),
             0.0 if softcap is None else read(attention, softcap) or 0.0,
             1.0 if row.multiplier is None else read(self, row.multiplier),
+            positions_wanted(layers[-1], call.x.shape[1]),
         )
         slots.advance(call.x.shape[1])
         return y

@@ -1,7 +1,9 @@
 """Which decoder layers are called one after the other with nothing between: they form runs.
 
 That is read from the source of the forward that calls them: its one loop over the layers must do
-nothing but `x = layer(x, ...)`, with arguments that are the same for all layers of a type.
+nothing but `x = layer(x, ...)`, with arguments that are the same for all layers of a type. From the
+same source and that of the model around it: whether what the last layer makes goes to a norm and
+from there to the logits that are asked for, and nowhere else.
 """
 
 from __future__ import annotations
@@ -16,10 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_slmops.fused import read, scaling_of
+from torch_slmops.fused import derived_class, read, scaling_of
 from torch_slmops.fused_decoder import FusedDecoderLayer, Run
+from torch_slmops.last_positions import LastPositions, Stack
 
-__all__ = ["Layers", "connects_only", "link_runs"]
+__all__ = ["Layers", "connects_only", "link_layers"]
+
+_KEPT = "logits_to_keep"  # transformers' names
+_STATE = "last_hidden_state"
 
 # What the forward of a model may call besides its children, and nothing is computed but integers,
 # masks and what every CPU rounds alike: sums, products and quotients of elements.
@@ -54,8 +60,19 @@ class Layers(nn.ModuleList):
         return made
 
 
-def link_runs(model: nn.Module) -> None:
-    """Tells the fused decoder layers of `model` which of them can be computed together."""
+def link_layers(model: nn.Module) -> None:
+    """Tells the fused decoder layers of `model` how they are called: what they can save then."""
+    _link_runs(model)
+    for module in list(model.modules()):
+        stack = _stack_of(module)
+        if stack is not None:
+            vars(module)["slmops_stack"] = stack
+            if not isinstance(module, LastPositions):
+                module.__class__ = derived_class(LastPositions, type(module))
+
+
+def _link_runs(model: nn.Module) -> None:
+    """Which of them can be computed together."""
     for parent in model.modules():
         for name, children in parent._modules.items():
             if not isinstance(children, nn.ModuleList):
@@ -101,16 +118,93 @@ def _key(layer: Any) -> object:
 def _plain_loop(parent: nn.Module, name: str) -> bool | None:
     """Whether the loop over `parent.<name>` ends at config.num_hidden_layers; None if not plain."""
     tree = _source(parent)
-    if tree is None:
-        return None
-    uses = [node for node in ast.walk(tree) if _is_list(node, name)]
-    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For)]
+    found = None if tree is None else _chain(tree, name)
+    return None if found is None else found[1]
+
+
+def _chain(forward: ast.FunctionDef, name: str) -> tuple[ast.For, bool] | None:
+    """The one loop over `self.<name>`, and whether it is bounded; None if it is not plain."""
+    uses = [node for node in ast.walk(forward) if _is_list(node, name)]
+    loops = [node for node in ast.walk(forward) if isinstance(node, ast.For)]
     found = [(loop, _iterated(loop, name)) for loop in loops]
-    found = [(loop, layers) for loop, layers in found if layers is not None]
-    if len(uses) != 1 or len(found) != 1:
+    plain = [(loop, bounded) for loop, bounded in found if bounded is not None]
+    if len(uses) != 1 or len(plain) != 1 or not _is_chain(plain[0][0]):
         return None
-    loop, bounded = found[0]
-    return bounded if _is_chain(loop) else None
+    return plain[0]
+
+
+def _stack_of(model: nn.Module) -> Stack | None:
+    """The layers of a causal language model, if nothing but its logits depends on the last one."""
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    if code is None or _KEPT not in code.co_varnames:
+        return None
+    forward = _source(model)
+    child = None if forward is None else _sliced_child(forward)
+    parent = None if child is None else model._modules.get(child)
+    inner = None if parent is None else _source(parent)
+    if child is None or parent is None or inner is None:
+        return None
+    for name, layers in parent._modules.items():
+        if not isinstance(layers, nn.ModuleList):
+            continue
+        found = _chain(inner, name)
+        norm = None if found is None else _norm_after(inner, found[0])
+        fused = any(isinstance(layer, FusedDecoderLayer) for layer in layers)
+        if found is not None and norm in parent._modules and fused:
+            return Stack(child, parent, name, found[1], norm)
+    return None
+
+
+def _sliced_child(forward: ast.FunctionDef) -> str | None:
+    """The child of whose result the forward uses the end of the hidden state alone, for logits."""
+    for before, after in itertools.pairwise(forward.body):
+        hidden, value = _assigned(before)
+        outputs = value.removesuffix(f".{_STATE}")
+        sliced = f"slice_logits_to_keep({hidden}, {_KEPT})"
+        if outputs == value or _assigned(after) != (hidden, sliced):
+            continue
+        calls = [value for name, value in map(_assigned, forward.body) if name == outputs]
+        if len(calls) != 1 or not calls[0].startswith("self."):
+            return None
+        nodes = list(ast.walk(forward))
+        used = [n for n in nodes if isinstance(n, ast.Name) and n.id == outputs]
+        fields = [n for n in nodes if isinstance(n, ast.Attribute) and n.value in used]
+        whole = [field for field in fields if field.attr == _STATE]
+        if len(used) != len(fields) + 1 or len(whole) != 1:  # and once it is assigned
+            return None
+        return calls[0].removeprefix("self.").partition("(")[0]
+    return None
+
+
+def _norm_after(forward: ast.FunctionDef, loop: ast.For) -> str | None:
+    """The child that gets what the loop made, before the forward returns it as its last state."""
+    if loop not in forward.body:
+        return None
+    state = _assigned(loop.body[-1])[0]
+    rest = forward.body[forward.body.index(loop) + 1 :]
+    uses = [n for s in rest for n in ast.walk(s) if isinstance(n, ast.Name) and n.id == state]
+    name, value = _assigned(rest[0]) if rest else ("", "")
+    returned = [
+        keyword
+        for call in ast.walk(rest[-1])
+        if isinstance(call, ast.Call)
+        for keyword in call.keywords
+        if keyword.arg == _STATE and ast.unparse(keyword.value) == state
+    ]
+    # Assigned, taken by the norm, returned.
+    if name != state or len(uses) != 3 or len(returned) != 1:
+        return None
+    child = value.removeprefix("self.").removesuffix(f"({state})")
+    return child if value == f"self.{child}({state})" else None
+
+
+def _assigned(statement: ast.stmt) -> tuple[str, str]:
+    """The target and the value of an assignment in words; empty ones if it is none."""
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+        return ast.unparse(statement.targets[0]), ast.unparse(statement.value)
+    if isinstance(statement, ast.AnnAssign) and statement.value is not None:
+        return ast.unparse(statement.target), ast.unparse(statement.value)
+    return "", ""
 
 
 def connects_only(module: nn.Module) -> bool:

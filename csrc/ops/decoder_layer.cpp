@@ -1,6 +1,8 @@
 // The checks and phases of a decoder layer.
 #include "decoder_layer.h"
 
+#include <cstring>
+
 namespace slmops {
 namespace {
 
@@ -67,6 +69,17 @@ NormArgs norm_args(const HiddenNorm& norm, const LayerOptions& o, const void* x,
           .k = o.k};
 }
 
+/// Attention of the last `count` queries alone, which the causal mask counts from the end.
+AttentionArgs last_queries(AttentionArgs args, int64_t count) {
+  if (args.mask != nullptr) {
+    const int64_t size = args.mask_is_bool ? 1 : size_of(args.mask_type);
+    args.mask = static_cast<const uint8_t*>(args.mask) +
+                (args.queries - count) * args.mask_query_stride * size;
+  }
+  args.queries = count;
+  return args;
+}
+
 HeadView view_of(const CacheView& cache, DType type) {
   return {cache.data, type, cache.batch_stride, cache.slot_stride, cache.head_stride};
 }
@@ -85,7 +98,7 @@ HiddenNorm::HiddenNorm(const char* argument, const Tensor& weight, const LayerOp
 }
 
 DecoderLayer::DecoderLayer(const Tensor* parts, const LayerOptions& o, const CacheView& keys,
-                           const CacheView& values)
+                           const CacheView& values, int64_t keep)
     : options_(o),
       qkv_format_(format_of("qkv", parts[kQkv], sum_of_heads(o) * o.head_dim, o.k)),
       output_format_(format_of("output", parts[kOutput], o.k, o.heads[0] * o.head_dim)),
@@ -119,7 +132,7 @@ DecoderLayer::DecoderLayer(const Tensor* parts, const LayerOptions& o, const Cac
            .down_bias_type = down_bias_.type,
            .activation = o.activation,
            .out_type = o.type},
-      attention_(o.attention) {
+      attention_(last_queries(o.attention, keep)) {
   attention_.k = view_of(keys, o.type);
   attention_.k_blocked = keys.layout == HeadsLayout::key_blocks;
   attention_.v = view_of(values, o.type);
@@ -151,17 +164,22 @@ DecoderLayer::Memory::Memory(const DecoderLayer& layer, int64_t workers, Scratch
       of_output(take_activations(layer.output_format_, slab, scratch)),
       of_mlp(take_activations(layer.gate_up_format_, slab, scratch)),
       qkv(layer.qkv_, slab, workers, scratch),
+      attention_queries(layer.attention_.queries),
       attention(layer.attention_, workers, scratch),
       mlp(layer.mlp_, slab, workers, scratch),
       output(scratch->take_each(workers, product_bytes(layer.output_format_, slab))) {}
 
-void DecoderLayer::use(const Memory& memory) {
-  const int64_t row = output_format_.k;
-  const int64_t strides[3] = {options_.length * row, row, options_.head_dim};
+void DecoderLayer::use(const Memory& memory, int64_t workers, Scratch* scratch) {
+  const int64_t row = output_format_.k, length = options_.length;
+  const int64_t strides[3] = {length * row, row, options_.head_dim};
   qkv_.heads.out[0] = {memory.queries, strides[0], strides[1], strides[2]};
-  attention_.q = {memory.queries, options_.type, strides[0], strides[1], strides[2]};
+  const int64_t first = (length - attention_.queries) * row * size_of(options_.type);
+  attention_.q = {memory.queries + first, options_.type, strides[0], strides[1], strides[2]};
   attention_.out = memory.attended;
-  memory.attention.apply(&attention_);
+  if (attention_.queries != memory.attention_queries) {
+    own_attention_.emplace(attention_, workers, scratch);
+  }
+  attention_scratch(memory).apply(&attention_);
 }
 
 void DecoderLayer::fill(const Worker& worker, const HiddenNorm& norm, const Format& f,
@@ -192,9 +210,8 @@ void DecoderLayer::add_branch(const KernelTable& table, const HiddenNorm& norm, 
   table.add(args, begin, end);
 }
 
-void DecoderLayer::run(Worker* worker, const Memory& memory, const void* x, void* hidden) const {
-  const KernelTable& table = worker->table();
-  const int64_t rows = options_.rows(), slab = memory.slab, heads = options_.heads[0];
+void DecoderLayer::run_to_attention(Worker* worker, const Memory& memory, const void* x) const {
+  const int64_t rows = options_.rows(), slab = memory.slab;
   for (int64_t row = 0; row < rows; row += slab) {
     const int64_t count = std::min(slab, rows - row);
     worker->share(count, [&](int64_t begin, int64_t end) {
@@ -202,7 +219,29 @@ void DecoderLayer::run(Worker* worker, const Memory& memory, const void* x, void
     });
     run_qkv(worker, qkv_, memory.of_qkv, row, count, memory.qkv);
   }
-  run_attention(worker, attention_, memory.attention);
+  run_attention(worker, attention_, attention_scratch(memory));
+}
+
+void DecoderLayer::copy_kept(Worker* worker, const void* x, void* hidden) const {
+  const int64_t bytes = options_.k * size_of(options_.type), keep = attention_.queries;
+  worker->share(options_.batch * keep, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t from = (i / keep + 1) * options_.length - keep + i % keep;
+      std::memcpy(static_cast<uint8_t*>(hidden) + i * bytes,
+                  static_cast<const uint8_t*>(x) + from * bytes, static_cast<size_t>(bytes));
+    }
+  });
+}
+
+void DecoderLayer::run(Worker* worker, const Memory& memory, const void* x, void* hidden) const {
+  run_to_attention(worker, memory, x);
+  if (attention_.queries < options_.length) {
+    copy_kept(worker, x, hidden);
+    x = hidden;
+  }
+  const KernelTable& table = worker->table();
+  const int64_t rows = options_.batch * attention_.queries;
+  const int64_t slab = memory.slab, heads = options_.heads[0];
   const SourceRows attended = {memory.attended, options_.type, output_format_.k, nullptr};
   for (int64_t row = 0; row < rows; row += slab) {
     const int64_t count = std::min(slab, rows - row);

@@ -45,7 +45,7 @@ struct LayerOptions {
   double qk_eps, qk_offset;
   float residual_multiplier;
   HeadsArgs angles;         // all but heads and norms
-  AttentionArgs attention;  // all but tensors and cut
+  AttentionArgs attention;  // of all positions; all but tensors and cut
 
   int64_t rows() const { return batch * length; }
 };
@@ -71,9 +71,10 @@ struct CacheView {
 /// One layer; it may not move.
 class DecoderLayer {
  public:
-  /// `parts`: kLayerParts tensors.
+  /// `parts`: kLayerParts tensors. `keep`: how many positions of a sequence, its last ones, get a
+  /// result; keys and values come from all.
   DecoderLayer(const Tensor* parts, const LayerOptions& options, const CacheView& keys,
-               const CacheView& values);
+               const CacheView& values, int64_t keep);
   DecoderLayer(const DecoderLayer&) = delete;
   DecoderLayer& operator=(const DecoderLayer&) = delete;
 
@@ -92,17 +93,25 @@ class DecoderLayer {
     uint8_t* branch;    // [slab][k], what is added to the hidden state
     SlabActivations of_qkv, of_output, of_mlp;
     QkvScratch qkv;
+    int64_t attention_queries;  // that it is for, of a sequence
     AttentionScratch attention;
     MlpScratch mlp;
     WorkerScratch output;
   };
-  /// Makes it work there.
-  void use(const Memory& memory);
+  /// Makes it work there; attention of fewer queries takes memory of its own.
+  void use(const Memory& memory, int64_t workers, Scratch* scratch);
 
-  /// The phases: `hidden` = the layer of `x`, both [rows][k]; they may be the same.
+  /// The phases: `hidden` [batch][keep][k] = the layer of `x` [batch][length][k]; where all
+  /// positions are kept they may be the same.
   void run(Worker* worker, const Memory& memory, const void* x, void* hidden) const;
 
  private:
+  const AttentionScratch& attention_scratch(const Memory& memory) const {
+    return own_attention_.has_value() ? *own_attention_ : memory.attention;
+  }
+  void run_to_attention(Worker* worker, const Memory& memory, const void* x) const;
+  /// A phase: the positions of x that are kept.
+  void copy_kept(Worker* worker, const void* x, void* hidden) const;
   void add_branch(const KernelTable& table, const HiddenNorm& norm, const void* x, void* hidden,
                   const Memory& memory, int64_t row, int64_t begin, int64_t end) const;
   void fill(const Worker& worker, const HiddenNorm& norm, const Format& f, const void* x,
@@ -119,6 +128,7 @@ class DecoderLayer {
   Qkv qkv_;
   const GatedMlp mlp_;
   AttentionArgs attention_;
+  std::optional<AttentionScratch> own_attention_;
 };
 
 }  // namespace slmops

@@ -120,7 +120,7 @@ Tensor decoder_layers(const Tensor& x, const TensorList& weights, const TensorLi
                       const std::optional<Tensor>& position_ids, const std::vector<int64_t>& heads,
                       int64_t head_dim, int64_t hidden, Text activation, double eps, double offset,
                       bool cast_before_weight, double qk_eps, double qk_offset, bool interleaved,
-                      double scale, double softcap, double residual_multiplier) {
+                      double scale, double softcap, double residual_multiplier, int64_t keep) {
   const Activation function = parse_activation(kOp, activation.take());
   SLMOPS_CHECK(x.dim() == 3, kOp, ": expected x of shape (batch, length, k), got ", shape(x));
   SLMOPS_CHECK(!weights.empty() && weights.size() % kLayerParts == 0, kOp,
@@ -146,6 +146,8 @@ Tensor decoder_layers(const Tensor& x, const TensorList& weights, const TensorLi
   const int64_t batch = x.size(0), length = x.size(1), before = keys_before(start);
   SLMOPS_CHECK(before >= 0 && before <= kLargestPosition && (before == 0 || !cache.empty()), kOp,
                ": expected start to be the number of keys in the cache, got ", before);
+  SLMOPS_CHECK(keep >= 0 && keep <= length, kOp, ": expected keep in 0..", length,
+               ", the length of x, got ", keep);
   const DType type = float_type(kOp, "x", x.scalar_type());
   const RotaryTables tables(kOp, cos, sin, batch, length, head_dim);
   LayerOptions options = {.batch = batch,
@@ -186,7 +188,8 @@ Tensor decoder_layers(const Tensor& x, const TensorList& weights, const TensorLi
   const std::vector<int64_t> first = first_positions(position_ids, options);
   attention.first_position = first.empty() ? nullptr : first.data();
   const Tensor input = to_contiguous(x);
-  Tensor out = new_tensor({batch, length, options.k}, x.scalar_type());
+  const int64_t kept_length = keep == 0 ? length : keep;
+  Tensor out = new_tensor({batch, kept_length, options.k}, x.scalar_type());
 
   Scratch scratch;
   const bool kept = !cache.empty();
@@ -196,7 +199,8 @@ Tensor decoder_layers(const Tensor& x, const TensorList& weights, const TensorLi
   int64_t cost = 0;
   for (size_t i = 0; i < count; ++i) {
     const LayerCache both = kept ? layer_cache(cache, parts, i, options) : own;
-    layers.emplace_back(&weights[i * kLayerParts], options, both.keys, both.values);
+    layers.emplace_back(&weights[i * kLayerParts], options, both.keys, both.values,
+                        i + 1 == count ? kept_length : length);
     cost += layers.back().cost() * options.rows();
   }
   if (out.numel() == 0) return out;
@@ -208,12 +212,18 @@ Tensor decoder_layers(const Tensor& x, const TensorList& weights, const TensorLi
       memories.emplace_back(layers[i], workers, &scratch);
     }
     memory_of.push_back(&memories.back());
-    layers[i].use(memories.back());
+    layers[i].use(memories.back(), workers, &scratch);
   }
   void* state = out.mutable_data_ptr();
+  if (count > 1 && kept_length < length) {
+    state = scratch.take<uint8_t>(input.numel() * size_of(type));
+  }
   Team::run(workers, [&](Worker& worker) {
+    const void* hidden = input.const_data_ptr();
     for (size_t i = 0; i < count; ++i) {
-      layers[i].run(&worker, *memory_of[i], i == 0 ? input.const_data_ptr() : state, state);
+      void* made = i + 1 == count ? out.mutable_data_ptr() : state;
+      layers[i].run(&worker, *memory_of[i], hidden, made);
+      hidden = made;
     }
   });
   return out;
@@ -227,11 +237,11 @@ Tensor kept_decoder_layers(const Tensor& x, int64_t weights, int64_t cache, cons
                            const std::vector<int64_t>& heads, int64_t head_dim, int64_t hidden,
                            Text activation, double eps, double offset, bool cast_before_weight,
                            double qk_eps, double qk_offset, bool interleaved, double scale,
-                           double softcap, double residual_multiplier) {
+                           double softcap, double residual_multiplier, int64_t keep) {
   return decoder_layers(x, *kept_list(kOp, weights), *kept_list(kOp, cache), start, cos, sin, mask,
                         position_ids, heads, head_dim, hidden, activation, eps, offset,
                         cast_before_weight, qk_eps, qk_offset, interleaved, scale, softcap,
-                        residual_multiplier);
+                        residual_multiplier, keep);
 }
 
 // What follows the tensors of weights and cache.
@@ -239,7 +249,7 @@ constexpr char kArguments[] =
     "Tensor start, Tensor? cos, Tensor? sin, Tensor? mask, Tensor? position_ids, int[] "
     "heads_q_k_v, int head_dim, int hidden, str activation, float eps, float offset, bool "
     "cast_before_weight, float qk_eps, float qk_offset, bool interleaved, float scale, float "
-    "softcap=0.0, float residual_multiplier=1.0) -> Tensor";
+    "softcap=0.0, float residual_multiplier=1.0, int keep=0) -> Tensor";
 
 }  // namespace
 

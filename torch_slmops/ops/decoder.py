@@ -29,6 +29,8 @@ LAYER_PARTS = (
     "post_mlp_norm",
 )
 
+_KEEP = 18  # its place behind `cache` among the arguments
+
 
 class Kept(tuple[Tensor, ...]):
     """Tensors for many calls of `decoder_layers`, which then get them at no cost for each."""
@@ -71,6 +73,7 @@ def decoder_layers(
     scale: float,
     softcap: float = 0.0,
     residual_multiplier: float = 1.0,
+    keep: int = 0,
 ) -> Tensor:
     """Decoder layers one after the other, in one parallel region. Each of them computes
 
@@ -104,9 +107,11 @@ def decoder_layers(
         qk_eps, qk_offset: Of the norms of q and k.
         scale, softcap: As in `attention`.
         residual_multiplier: See above.
+        keep: How many positions are wanted of each sequence, its last ones; 0: all. The others need
+            nothing of the last layer but their keys and values.
 
     Returns:
-        [B, L, K] of the dtype of x, contiguous.
+        [B, `keep` or L, K] of the dtype of x, contiguous.
     """
     check_gradient("decoder_layers", x)
     parts: tuple[Any, Any] = weights, cache
@@ -134,17 +139,19 @@ def decoder_layers(
         scale,
         softcap,
         residual_multiplier,
+        keep,
     )
     return y
 
 
 @fake("decoder_layers")
 def _decoder_layers_fake(
-    x: Tensor, weights: Sequence[Tensor], cache: Sequence[Tensor], *args: object
+    x: Tensor, weights: Sequence[Tensor], cache: Sequence[Tensor], *args: Any
 ) -> Tensor:
     for part in (*weights, *cache):
         same_device("decoder_layers", "x", x, part, "weights and cache")
-    return x.new_empty(x.shape)
+    keep = args[_KEEP] if len(args) > _KEEP else 0  # its default is not passed on
+    return x.new_empty((x.shape[0], keep or x.shape[1], x.shape[2]))
 
 
 refuse_devices("decoder_layers")

@@ -41,6 +41,7 @@ def decoder_layers(
     scale: float,
     softcap: float = 0.0,
     residual_multiplier: float = 1.0,
+    keep: int = 0,
 ) -> Tensor:
     """Decoder layers one after the other: `torch_slmops.ops.decoder_layers`.
 
@@ -96,6 +97,9 @@ def decoder_layers(
             k, v, *scales = _stored_int8(cache[4 * i : 4 * i + 4], (k, v), keys)
         elif parts == 2:
             k, v = (_stored(cache[2 * i + j], part, keys) for j, part in enumerate((k, v)))
+        if keep > 0 and i == len(weights) // _PARTS - 1:
+            x, q = x[:, -keep:], q[:, -keep:]
+            seen = None if seen is None else seen[:, :, -keep:]
         y = attention(q, k, v, seen, first, mask is None, 0, scale, softcap, *scales).flatten(2)
         y = linear(y, output, x.shape[2], _or_none(output_bias), None, x.dtype)
         x = add(x, norm(y, post_attention))

@@ -1,0 +1,86 @@
+"""Causal language models that compute the end of their last layer for wanted positions alone.
+
+`generate` asks for the logits of a prompt's last position. The others need nothing of the last
+layer but their keys and values, which are a few percent of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_slmops.fused import Derived, FusedRMSNorm, has_hooks, hooks_are_global
+
+__all__ = ["LastPositions", "Stack", "positions_wanted"]
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Layers whose result a model uses for nothing but the logits that it is asked for.
+
+    Attributes:
+        child: The child of the model that calls the layers.
+        parent: This child.
+        layers: Its list of them.
+        bounded: Whether it stops at `config.num_hidden_layers`.
+        norm: Its child that alone gets what the last of them makes.
+    """
+
+    child: str
+    parent: Any
+    layers: str
+    bounded: bool
+    norm: str
+
+
+class _Wanted(threading.local):
+    """What the call in progress in a thread wants: 0 for all positions."""
+
+    model: LastPositions | None = None
+    count: int = 0
+
+
+_wanted = _Wanted()
+
+
+class LastPositions(Derived):
+    """A causal language model that says how many positions its `logits_to_keep` are."""
+
+    slmops_stack: Stack
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        before = _wanted.model, _wanted.count
+        count = kwargs.get("logits_to_keep")
+        _wanted.model, _wanted.count = self, count if type(count) is int else 0
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            _wanted.model, _wanted.count = before
+
+    def ends_with(self, layer: nn.Module) -> bool:
+        """Whether nobody but the norm and the logits sees what `layer` makes."""
+        stack = self.slmops_stack
+        parent: Any = stack.parent
+        if self._modules.get(stack.child) != parent:
+            return False
+        layers = list(parent._modules[stack.layers]._modules.values())
+        if stack.bounded:
+            layers = layers[: parent.config.num_hidden_layers]
+        norm = parent._modules[stack.norm]
+        if not layers or layers[-1] is not layer or not isinstance(norm, FusedRMSNorm):
+            return False
+        return not hooks_are_global() and not any(map(has_hooks, (self, parent, layer, norm)))
+
+
+def positions_wanted(layer: nn.Module, length: int) -> int:
+    """How many of `length` positions, the last ones, are wanted of a decoder layer; 0: all."""
+    model, count = _wanted.model, _wanted.count
+    if model is None or not 0 < count < length or torch.compiler.is_compiling():
+        return 0
+    return count if model.ends_with(layer) else 0
