@@ -42,8 +42,12 @@ inline void gate(const GateArgs& args, float* x, int64_t row, int64_t rows, int6
       }
     }
   });
-  if (args.wide == nullptr && f.scale_kind == ScaleKind::sub16) {
+  if (args.wide != nullptr) return;
+  if (f.scale_kind == ScaleKind::sub16) {
     sub16_presets(f, args.rows, row, rows, column, column + columns);
+  }
+  if constexpr (kBlocks) {
+    fill_code_blocks<Block>(f, args.rows, row, rows, column, column + columns);
   }
 }
 

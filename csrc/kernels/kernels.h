@@ -12,7 +12,22 @@ struct QuantizedRows {
   int8_t* codes;     // [m][k_padded], in -127..127, padding 0
   float* scale;      // [m][k_padded / act_group]
   int32_t* presets;  // [m][presets_per_row(f)]: what the integer accumulators of a row start from
+  int8_t* blocks;  // the codes once more, as kernels on blocks of rows read them: code_block_bytes
+                   // of them, or null
 };
+
+#if defined(__aarch64__) || defined(_M_ARM64)
+constexpr bool kCodeBlocks = true;
+#else
+constexpr bool kCodeBlocks = false;
+#endif
+/// Rows of such a block, and rows up to which no kernel makes one.
+constexpr int64_t kCodeRows = 8, kFewRows = 4;
+/// Bytes of QuantizedRows::blocks for `rows` rows; 0: null.
+constexpr int64_t code_block_bytes(const Format& f, int64_t rows) {
+  if (!kCodeBlocks || rows <= kFewRows) return 0;
+  return (rows + kCodeRows - 1) / kCodeRows * kCodeRows * f.k_padded;
+}
 
 /// Rows of activations as bf16 dots read them.
 struct PairRows {
@@ -250,7 +265,7 @@ struct KernelTable {
   void (*widen_rows)(const Format& f, const SourceRows& src, float* out, int64_t begin,
                      int64_t end);
   /// out[m][n] = x[m][k] * w[n][k] + bias for rows [row_begin, row_end) and the 32 outputs of
-  /// `tile`.
+  /// `tile`; more than kFewRows rows begin at a multiple of kCodeRows.
   void (*linear)(const LinearArgs& args, int64_t tile, int64_t row_begin, int64_t row_end);
   /// out[i][k] = w[ids[i]][k], rounded once to `type`; ids checked by the caller.
   void (*embedding)(const Format& f, const uint8_t* packed, const int64_t* ids, int64_t count,
@@ -303,9 +318,11 @@ struct FastKernels {
 };
 
 /// k of the chunks that `linear` walks a tile in: whole activation groups and scale blocks whose
-/// lines, or those that sub16 ones are expanded to, are about half of a 32 KiB first-level cache.
+/// lines, or what they are expanded to, are about half of a first-level cache of 32 KiB; of 64 KiB
+/// where kernels work on blocks of rows.
 constexpr int64_t chunk_length(const Format& f) {
-  const int64_t about = f.scale_kind == ScaleKind::group && f.bits == 4 ? 1024 : 512;
+  const bool in_place = f.scale_kind == ScaleKind::group && f.bits == 4;
+  const int64_t about = kCodeBlocks || in_place ? 1024 : 512;
   const int64_t block = scale_block(f) > f.act_group ? scale_block(f) : f.act_group;
   return block >= about ? block : about / block * block;
 }
@@ -340,9 +357,9 @@ constexpr bool fits_matrix(const Format& f, int64_t rows) {
   return rows >= kMatrixRows && f.activations == Activations::int8 &&
          matrix_span(f) / matrix_unit(f) <= kMostMatrixUnits;
 }
-/// Bytes per k of a chunk that blocks of 8 rows take beside its operands: their codes, and for each
-/// 32 k three vectors of 32 lanes and two of 64.
-constexpr int64_t kBlockBytesPerK = 8 + (3 * 32 + 2 * 64) * 4 / 32;
+/// Bytes per k of a chunk that blocks of 8 rows take beside its operands: for each 32 k three
+/// vectors of 32 lanes and two of 64.
+constexpr int64_t kBlockBytesPerK = (3 * 32 + 2 * 64) * 4 / 32;
 /// Bytes of LinearArgs::scratch for blocks of `rows` rows: their sums; a chunk of lines expanded to
 /// int8 or fp32; for a matrix unit the integer sums of a span.
 constexpr int64_t scratch_bytes(const Format& f, int64_t rows) {

@@ -16,7 +16,7 @@ template <int kBits, ZeroKind kZero>
 inline void group_step(const Step& s) {
   int64_t begin = s.begin;
   if constexpr (kBlocks) {
-    if (s.rows() > kMaxRows) begin = group_blocks<Block, kBits, kZero>(s);
+    if (s.rows() > kFewRows) begin = group_blocks<Block, kBits, kZero>(s);
   }
   const int64_t calls = s.chunk.count / kLinesK<kBits>;
   for_asking_passes(s, begin, s.end, calls, [&](auto& acc, int half, int64_t row, auto ask) {
@@ -48,7 +48,7 @@ inline void sub16_step(const Step& s) {
   const Format& f = *s.args.format;
   int64_t begin = s.begin;
   if constexpr (kBlocks) {
-    if (s.rows() > kMaxRows) begin = sub16_blocks<Block>(s);
+    if (s.rows() > kFewRows) begin = sub16_blocks<Block>(s);
   }
   if (expands(s.rows())) {
     expand_chunk(s.chunk, s.room, store_lines);

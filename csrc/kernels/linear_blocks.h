@@ -10,18 +10,16 @@
 namespace slmops::SLMOPS_ISA {
 namespace {
 
-constexpr int kBlockRows8 = 8;
 constexpr int kBlockLanes = 2 * kLanes;
 /// k of a Block::add, and the bytes of its operands of 4 outputs, of those of all outputs, which
 /// lie side by side, and of its codes.
 constexpr int64_t kBlockK = 16, kQuarterBytes = 64, kBlockBytes = kTile / 4 * kQuarterBytes,
-                  kBlockCodeBytes = kBlockRows8 * kBlockK;
+                  kBlockCodeBytes = kCodeRows * kBlockK;
 
 /// Scratch of a step: a chunk's operands, its factors for each unit of k and 4
 /// outputs, and what the 8 rows of a block bring to each of its units and activation groups.
 struct BlockRoom {
   uint8_t* operands;
-  int8_t* codes;
   int32_t* starts;  // of the sums
   float* row_scales;
   float* code_sums;  // of a float z or an offset
@@ -37,7 +35,6 @@ struct BlockRoom {
     const int64_t units = count / 32, lanes = units * kBlockLanes * int64_t{sizeof(float)};
     const int64_t factors = units * kTile * 2 * int64_t{sizeof(float)};
     operands = take(count * kTile);
-    codes = reinterpret_cast<int8_t*>(take(count * kBlockRows8));
     starts = reinterpret_cast<int32_t*>(take(lanes));
     row_scales = reinterpret_cast<float*>(take(lanes));
     code_sums = reinterpret_cast<float*>(take(lanes));
@@ -116,7 +113,7 @@ constexpr int64_t block_row(int row, int64_t present) { return row < present ? r
 template <class B, class Word, class Convert>
 inline void spread_rows(const Word* in, int64_t stride, int64_t count, int64_t present, Word* out,
                         const Convert& convert) {
-  for (int pair = 0; pair < kBlockRows8 / 2; ++pair) {
+  for (int pair = 0; pair < kCodeRows / 2; ++pair) {
     const Word *x = in + block_row(2 * pair, present) * stride,
                *y = in + block_row(2 * pair + 1, present) * stride;
     Word* to = out;
@@ -131,25 +128,10 @@ inline void spread_rows(const Word* in, int64_t stride, int64_t count, int64_t p
   }
 }
 
-/// Codes and scales of a block's rows, `count` k of them.
+/// Scales of a block's rows, for `count` k.
 template <class B>
-inline void block_rows(const Format& f, const PassRows& rows, int64_t count, int64_t present,
-                       const BlockRoom& room) {
-  for (int four = 0; four < kBlockRows8 / 4; ++four) {
-    const auto row = [&](int i) {
-      return rows.codes + block_row(4 * four + i, present) * rows.code_stride;
-    };
-    const int8_t *a = row(0), *b = row(1), *c = row(2), *d = row(3);
-    int8_t* out = room.codes + four * B::kFourCodes;
-    const int8_t* const end = a + count;
-    for (; a < end; out += 2 * kBlockCodeBytes) {
-      B::store_codes(out, a, b, c, d);
-      a += 2 * kBlockK;
-      b += 2 * kBlockK;
-      c += 2 * kBlockK;
-      d += 2 * kBlockK;
-    }
-  }
+inline void block_scales(const Format& f, const PassRows& rows, int64_t count, int64_t present,
+                         const BlockRoom& room) {
   spread_rows<B>(rows.scale, rows.scale_stride, count / f.act_group, present, room.row_scales,
                  [](auto scale) { return scale; });
 }
@@ -164,7 +146,7 @@ inline void block_starts(const PassRows& rows, int64_t units, int64_t present, i
     return kDotBias * preset + bias;
   });
   if constexpr (kZero != ZeroKind::floating) return;
-  for (int pair = 0; pair < kBlockRows8 / 2; ++pair) {
+  for (int pair = 0; pair < kCodeRows / 2; ++pair) {
     const int32_t *x = rows.presets + block_row(2 * pair, present) * rows.preset_stride,
                   *y = rows.presets + block_row(2 * pair + 1, present) * rows.preset_stride;
     float* code_sums = room.code_sums;
@@ -243,11 +225,11 @@ struct BlockTerms {
 /// 4 outputs of a block on a chunk, from the sums at `out` on.
 template <class B, ZeroKind kZero, bool kSmall>
 SLMOPS_INLINE void group_block(const Format& f, int64_t count, int quarter, const BlockRoom& room,
-                               float* out) {
+                               const int8_t* codes, float* out) {
   const int64_t unit = preset_unit(f);
   const int64_t factors = quarter * B::kFactors;
   BlockTerms<B, kZero, kSmall> terms = {
-      {room.operands + quarter * kQuarterBytes, room.codes, room.starts},
+      {room.operands + quarter * kQuarterBytes, codes, room.starts},
       room.code_sums,
       room.scales + factors,
       room.shifts + factors,
@@ -270,8 +252,8 @@ SLMOPS_INLINE void group_block(const Format& f, int64_t count, int quarter, cons
 /// The same of expanded sub16 weights: a sum for each activation group.
 template <class B, bool kSmall>
 SLMOPS_INLINE void sub16_block(const Format& f, int64_t count, int quarter, const BlockRoom& room,
-                               float* out) {
-  BlockWalk<B> walk = {room.operands + quarter * kQuarterBytes, room.codes, room.starts};
+                               const int8_t* codes, float* out) {
+  BlockWalk<B> walk = {room.operands + quarter * kQuarterBytes, codes, room.starts};
   const float* row_scales = room.row_scales;
   F32 acc[2] = {B::load_sums(out, kTile), B::load_sums(out + 4 * kTile, kTile)};
   for (int64_t a = 0; a < count; a += f.act_group, row_scales += kBlockLanes) {
@@ -289,49 +271,50 @@ SLMOPS_INLINE void sub16_block(const Format& f, int64_t count, int quarter, cons
 // All outputs of a block, as functions of their own: see outlined.
 template <class B, ZeroKind kZero, bool kSmall>
 SLMOPS_NOINLINE void group_tile(const Format& f, int64_t count, const BlockRoom& room,
-                                float* sums) {
+                                const int8_t* codes, float* sums) {
   for (int quarter = 0; quarter < 8; ++quarter) {
-    group_block<B, kZero, kSmall>(f, count, quarter, room, sums + 4 * quarter);
+    group_block<B, kZero, kSmall>(f, count, quarter, room, codes, sums + 4 * quarter);
   }
 }
 template <class B, bool kSmall>
 SLMOPS_NOINLINE void sub16_tile(const Format& f, int64_t count, const BlockRoom& room,
-                                float* sums) {
+                                const int8_t* codes, float* sums) {
   for (int quarter = 0; quarter < 8; ++quarter) {
-    sub16_block<B, kSmall>(f, count, quarter, room, sums + 4 * quarter);
+    sub16_block<B, kSmall>(f, count, quarter, room, codes, sums + 4 * quarter);
   }
 }
 
 /// prefetch_share of a block's rows, four lines at a time.
 SLMOPS_INLINE void prefetch_block_share(const Step& s, int64_t row) {
   constexpr int64_t kBytes = 4 * kLineBytes;
-  const int64_t blocks = (s.rows() + kBlockRows8 - 1) / kBlockRows8;
+  const int64_t blocks = (s.rows() + kCodeRows - 1) / kCodeRows;
   const int64_t share = (s.chunk_bytes / kBytes + blocks - 1) / blocks * kBytes;
-  const uint8_t* next = s.chunk.lines + s.chunk_bytes + (row - s.begin) / kBlockRows8 * share;
+  const uint8_t* next = s.chunk.lines + s.chunk_bytes + (row - s.begin) / kCodeRows * share;
   for (const uint8_t* end = next + share; next < end; next += kBytes) {
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kBytes; i += kLineBytes) prefetch(next + i);
   }
 }
 
-/// Calls prepare(row, rows present) and run(sums) for blocks of 8 rows, as long as more
-/// than kMaxRows are left; returns the first row that is left.
+/// Calls prepare(row, rows present) and run(codes, sums) for blocks of 8 rows, as long as more than
+/// kFewRows are left; returns the first row that is left. Of rows that are missing the codes may be
+/// anything.
 template <class Prepare, class Run>
 SLMOPS_INLINE int64_t for_blocks_of_8(const Step& s, const Prepare& prepare, const Run& run) {
   int64_t row = s.begin;
-  for (; s.end - row > kMaxRows; row += kBlockRows8) {
-    const int64_t present = s.end - row < kBlockRows8 ? s.end - row : kBlockRows8;
+  for (; s.end - row > kFewRows; row += kCodeRows) {
+    const int64_t present = s.end - row < kCodeRows ? s.end - row : kCodeRows;
     prefetch_block_share(s, row);
     prepare(row, present);
     float* sums = s.sums + (row - s.begin) * kTile;
-    float padded[kBlockRows8 * kTile];
-    float* at = present == kBlockRows8 ? sums : padded;
+    float padded[kCodeRows * kTile];
+    float* at = present == kCodeRows ? sums : padded;
     const size_t bytes = static_cast<size_t>(present * kTile) * sizeof(float);
     if (at == padded) {
       memset(padded, 0, sizeof(padded));
       memcpy(padded, sums, bytes);
     }
-    run(at);
+    run(s.args.rows.blocks + row * s.args.format->k_padded + s.k * kCodeRows, at);
     if (at == padded) memcpy(sums, padded, bytes);
     if (s.finish) finish_pass(s, row, row + present);
   }
@@ -350,13 +333,13 @@ inline int64_t group_blocks(const Step& s) {
       s,
       [&](int64_t row, int64_t present) {
         const PassRows rows = s.rows_at(row, 0);
-        block_rows<B>(f, rows, count, present, room);
+        block_scales<B>(f, rows, count, present, room);
         block_starts<B, kZero, kBits == 8 ? kDot8Bias : 0>(rows, count / unit, present,
                                                            small ? kSumBias : 0, room);
       },
-      [&](float* sums) {
-        if (small) return group_tile<B, kZero, true>(f, count, room, sums);
-        group_tile<B, kZero, false>(f, count, room, sums);
+      [&](const int8_t* codes, float* sums) {
+        if (small) return group_tile<B, kZero, true>(f, count, room, codes, sums);
+        group_tile<B, kZero, false>(f, count, room, codes, sums);
       });
 }
 
@@ -371,13 +354,13 @@ inline int64_t sub16_blocks(const Step& s) {
       s,
       [&](int64_t row, int64_t present) {
         const PassRows rows = s.expanded_rows_at(row, 0);
-        block_rows<B>(f, rows, count, present, room);
+        block_scales<B>(f, rows, count, present, room);
         block_starts<B, ZeroKind::none, 0>(rows, count / f.act_group, present, small ? kSumBias : 0,
                                            room);
       },
-      [&](float* sums) {
-        if (small) return sub16_tile<B, true>(f, count, room, sums);
-        sub16_tile<B, false>(f, count, room, sums);
+      [&](const int8_t* codes, float* sums) {
+        if (small) return sub16_tile<B, true>(f, count, room, codes, sums);
+        sub16_tile<B, false>(f, count, room, codes, sums);
       });
 }
 

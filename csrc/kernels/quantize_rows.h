@@ -44,7 +44,22 @@ SLMOPS_INLINE int32_t round_columns(const Row& row, int64_t begin, int64_t end, 
 /// Row `row` of `rows`, as if it were the only one.
 inline QuantizedRows row_of(const Format& f, const QuantizedRows& rows, int64_t row) {
   return {rows.codes + row * f.k_padded, rows.scale + row * (f.k_padded / f.act_group),
-          rows.presets + row * presets_per_row(f)};
+          rows.presets + row * presets_per_row(f), nullptr};
+}
+
+/// Codes [begin, end) of rows [row, row + rows) once more, in blocks of rows.
+template <class B>
+inline void fill_code_blocks(const Format& f, const QuantizedRows& all, int64_t row, int64_t rows,
+                             int64_t begin, int64_t end) {
+  if (all.blocks == nullptr) return;
+  for (int64_t i = row; i < row + rows; ++i) {
+    const int8_t* codes = all.codes + i * f.k_padded;
+    int8_t* block = all.blocks + i / kCodeRows * kCodeRows * f.k_padded;
+    const int place = static_cast<int>(i % kCodeRows);
+    for (int64_t k = begin; k < end; k += 16) {
+      B::store_codes(block + k * kCodeRows, place, load_codes(codes + k));
+    }
+  }
 }
 
 /// Presets of columns [begin, end) of sub16 rows [row, row + rows), whole blocks: of their units,
@@ -106,6 +121,7 @@ inline void quantize_rows(const Format& f, const SourceRows& src, const Quantize
              [&](const auto& row) { quantize_span(f, row, 0, f.k_padded, row_of(f, out, i)); });
   }
   if (f.scale_kind == ScaleKind::sub16) sub16_presets(f, out, begin, end - begin, 0, f.k_padded);
+  if constexpr (kBlocks) fill_code_blocks<Block>(f, out, begin, end - begin, 0, f.k_padded);
 }
 
 inline void widen_rows(const Format& f, const SourceRows& src, float* out, int64_t begin,

@@ -7,12 +7,11 @@ namespace {
 constexpr int64_t kSlabBytes = 16 << 20;
 constexpr int64_t kMostBlockRows = 256;  // a block's chunk of activations is in the L2 cache
 constexpr int64_t kLeastBlockRows = 48;  // fewer would unpack a tile's weights for too little work
-constexpr int64_t kPassRows = 4;         // blocks are multiples of what fills the registers
 
 }  // namespace
 
 int64_t slab_rows(int64_t row_bytes) {
-  return std::max<int64_t>(kPassRows, kSlabBytes / row_bytes / kPassRows * kPassRows);
+  return std::max<int64_t>(kCodeRows, kSlabBytes / row_bytes / kCodeRows * kCodeRows);
 }
 
 SlabActivations take_activations(const Format& f, int64_t rows, Scratch* scratch) {
@@ -23,9 +22,11 @@ SlabActivations take_activations(const Format& f, int64_t rows, Scratch* scratch
              scratch->take<float>(rows * (f.k_padded / f.group))}};
   }
   if (!is_int8(f)) return {{}, scratch->take<float>(rows * f.k_padded), {}};
+  const int64_t blocks = code_block_bytes(f, rows);
   return {{scratch->take<int8_t>(rows * f.k_padded),
            scratch->take<float>(rows * (f.k_padded / f.act_group)),
-           scratch->take<int32_t>(rows * presets_per_row(f))},
+           scratch->take<int32_t>(rows * presets_per_row(f)),
+           blocks == 0 ? nullptr : scratch->take<int8_t>(blocks)},
           nullptr,
           {}};
 }
@@ -73,7 +74,7 @@ Cut::Cut(int64_t units, int64_t rows, int64_t workers) : units(units), rows(rows
   int64_t blocks = (rows + kMostBlockRows - 1) / kMostBlockRows;
   blocks = std::max(blocks, std::min((4 * workers + units - 1) / units, rows / kLeastBlockRows));
   const int64_t even = (rows + blocks - 1) / blocks;
-  block = (even + kPassRows - 1) / kPassRows * kPassRows;
+  block = (even + kCodeRows - 1) / kCodeRows * kCodeRows;
 }
 
 int64_t product_bytes(const Format& f, int64_t rows) {

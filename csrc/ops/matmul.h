@@ -20,7 +20,7 @@ constexpr bool is_fast(const Format& f) { return f.activations == Activations::f
 
 /// Scratch bytes of a row's activations, its scales, presets and sums left out.
 constexpr int64_t row_bytes(const Format& f) {
-  return f.k_padded * (is_int8(f) ? 1 : is_fast(f) ? 6 : 4);
+  return f.k_padded * (is_int8(f) ? 1 + kCodeBlocks : is_fast(f) ? 6 : 4);
 }
 
 /// Rows of a slab: bounds the scratch of long prompts, which takes `row_bytes` a row.

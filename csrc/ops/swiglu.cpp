@@ -68,7 +68,7 @@ MlpScratch::MlpScratch(const GatedMlp& p, int64_t slab, int64_t workers, Scratch
 }
 
 int64_t GatedMlp::slab_rows() const {
-  return slmops::slab_rows(row_bytes(gate_up) + down.k_padded * (span_of(down) > 0 ? 1
+  return slmops::slab_rows(row_bytes(gate_up) + down.k_padded * (span_of(down) > 0 ? 1 + kCodeBlocks
                                                                  : is_fast(down)   ? 6
                                                                                    : 4));
 }

@@ -248,12 +248,6 @@ template <int kByte>
 inline I32 lane_byte(Line x) {
   SLMOPS_QUARTERS(I32, lane_byte<kByte>(x.q[i]));
 }
-/// Keeps pointers in registers: two loads from one are a single LDP then, where g++ would rather
-/// count a common index.
-template <class... P>
-inline void hold(P&... p) {
-  (void([&]() __attribute__((always_inline)) { asm volatile("" : "+r"(p)); }()), ...);
-}
 /// Four words of a block's row: the part of Block that both sets share.
 struct BlockWords {
   static int32x4_t load_four(const int32_t* p) { return vld1q_s32(p); }

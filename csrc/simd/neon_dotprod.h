@@ -48,20 +48,7 @@ struct Block : BlockWords {
       vst1q_u32(p + 4, ys[i]);
     }
   }
-  static constexpr int64_t kFourCodes = 64;
-  static void store_codes(int8_t* out, const int8_t* a, const int8_t* b, const int8_t* c,
-                          const int8_t* d) {
-    hold(a, b, c, d);
-    const int8x16_t x[2] = {vld1q_s8(a), vld1q_s8(a + 16)}, y[2] = {vld1q_s8(b), vld1q_s8(b + 16)},
-                    z[2] = {vld1q_s8(c), vld1q_s8(c + 16)}, w[2] = {vld1q_s8(d), vld1q_s8(d + 16)};
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i, out += 128) {
-      vst1q_s8(out, x[i]);
-      vst1q_s8(out + 16, y[i]);
-      vst1q_s8(out + 32, z[i]);
-      vst1q_s8(out + 48, w[i]);
-    }
-  }
+  static void store_codes(int8_t* out, int row, Codes x) { vst1q_s8(out + 16 * row, x); }
   static void store_factors(float* out, F32 s) { store(out, s); }
   static F32 load_factors(const float* p) {
     const float32x4_t s = vld1q_f32(p);

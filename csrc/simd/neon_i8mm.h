@@ -47,25 +47,11 @@ struct Block : BlockWords {
       vst1q_u64(p + 2, both[i]);
     }
   }
-  static constexpr int64_t kFourCodes = 32;
-  /// 32 k of two pairs of rows; of 16 quads 0 and 2 in the first half, 1 and 3 in the second.
-  static void store_codes(int8_t* out, const int8_t* a, const int8_t* b, const int8_t* c,
-                          const int8_t* d) {
-    hold(a, b, c, d);
-    const auto quads = [](const int8_t* p) __attribute__((always_inline)) {
-      return vreinterpretq_s32_s8(vld1q_s8(p));
-    };
-    const int32x4_t x[2] = {quads(a), quads(a + 16)}, y[2] = {quads(b), quads(b + 16)},
-                    z[2] = {quads(c), quads(c + 16)}, w[2] = {quads(d), quads(d + 16)};
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i, out += 128) {
-      const int32x4_t even[2] = {vuzp1q_s32(x[i], y[i]), vuzp1q_s32(z[i], w[i])},
-                      odd[2] = {vuzp2q_s32(x[i], y[i]), vuzp2q_s32(z[i], w[i])};
-      vst1q_s8(out, vreinterpretq_s8_s32(even[0]));
-      vst1q_s8(out + 16, vreinterpretq_s8_s32(even[1]));
-      vst1q_s8(out + 64, vreinterpretq_s8_s32(odd[0]));
-      vst1q_s8(out + 80, vreinterpretq_s8_s32(odd[1]));
-    }
+  /// Quads 0 and 2 of each row, then 1 and 3.
+  static void store_codes(int8_t* out, int row, Codes x) {
+    const int32x4_t quads = vreinterpretq_s32_s8(x);
+    vst1_s8(out + 8 * row, vget_low_s8(vreinterpretq_s8_s32(vuzp1q_s32(quads, quads))));
+    vst1_s8(out + 64 + 8 * row, vget_low_s8(vreinterpretq_s8_s32(vuzp2q_s32(quads, quads))));
   }
   static void store_factors(float* out, F32 s) {
     for (int i = 0; i < 4; ++i) {

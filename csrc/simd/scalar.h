@@ -41,12 +41,11 @@ constexpr int kExpandRows = 0;
 /// adds to d[r][l] the low nibbles by `quad` of row r, whose 16 codes are at codes + r * stride,
 /// and the high ones by the next.
 constexpr bool kDotsByRows = false;
-/// Whether more than kMaxRows rows go in blocks of 8 rows x 4 outputs: 32 lanes, 2 vectors, in an
+/// Whether more than kFewRows rows go in blocks of 8 rows x 4 outputs: 32 lanes, 2 vectors, in an
 /// order of the set's own. Each 4 rows are a vector, each 2 rows half of one, a *pair*. `struct
 /// Block` has static functions for them; 16 k of codes are 128 bytes, of operands 64, also in an
 /// order of its own.
-///     store_codes(int8_t* out, const int8_t* a, b, c, d)  32 k of 4 rows; kFourCodes further
-///                                                         are those of the other 4
+///     store_codes(int8_t* out, int row, Codes x)          16 k of one of the rows
 ///     store_int4(uint8_t* out, Line, Line)                16 k of 4 x 4 outputs, side by side
 ///     store_int8(out, const Line (&)[4])
 ///     store_sub16(out, Line, Line, const uint8_t* sub_scales, int j)    as expand

@@ -49,23 +49,19 @@ struct Inputs {
 /// What a row made of the inputs.
 struct Outputs {
   explicit Outputs(const Inputs& in)
-      : codes(in.m * in.f.k_padded),
-        scale(in.m * (in.f.k_padded / in.f.act_group)),
-        presets(in.m * presets_per_row(in.f)),
+      : activations(in.f, in.m),
         widened(in.m * in.f.k_padded),
         y(in.m == 0 ? 0 : ((in.m - 1) * in.out_stride + in.f.n) * size_of(in.out_type)) {}
-  Block<int8_t> codes;
-  Block<float> scale;
-  Block<int32_t> presets;  // a row's own business
+  Activations8 activations;  // of which presets and blocks are a row's own business
   Block<float> widened;
   Block<uint8_t> y;
 };
 
-/// Runs the walk of ops/linear.cpp; `block` rows at a time.
+/// Runs the walk of ops/linear.cpp; `block` rows at a time, few or a multiple of kCodeRows.
 void run(const KernelTable& kernels, Packed& packed, const Inputs& in, int64_t block,
          Outputs* out) {
   const Format& f = packed.format;
-  const QuantizedRows rows = {out->codes.data(), out->scale.data(), out->presets.data()};
+  const QuantizedRows rows = out->activations.rows();
   kernels.widen_rows(f, in.source(), out->widened.data(), 0, in.m);
   for (int64_t i = in.m; i-- > 0;) kernels.quantize_rows(f, in.source(), rows, i, i + 1);
   Block<uint8_t> scratch(scratch_bytes(f, std::min(block, in.m)));
@@ -92,12 +88,14 @@ void test_linear(Packed& packed, int64_t m, Random& random) {
   Outputs expected(in);
   run(*scalar_row().kernels, packed, in, m + 1, &expected);
   for (const IsaRow& row : linear_rows()) {
-    const int64_t block = random.integer(1, m + 1);
+    int64_t block = random.integer(1, m + 1);
+    if (block > kFewRows) block = (block + kCodeRows - 1) / kCodeRows * kCodeRows;
     Outputs got(in);
     run(*row.kernels, packed, in, block, &got);
     const std::string what = describe(f) + ", m " + std::to_string(m) + ", " + row.name;
-    EXPECT(got.codes.same_bits(expected.codes), "codes: %s", what.c_str());
-    EXPECT(got.scale.same_bits(expected.scale), "activation scales: %s", what.c_str());
+    const Activations8 &x = got.activations, &y = expected.activations;
+    EXPECT(x.codes.same_bits(y.codes), "codes: %s", what.c_str());
+    EXPECT(x.scale.same_bits(y.scale), "activation scales: %s", what.c_str());
     EXPECT(got.widened.same_bits(expected.widened), "widened rows: %s", what.c_str());
     EXPECT(got.y.same_bits(expected.y), "outputs, %lld rows at a time: %s",
            static_cast<long long>(block), what.c_str());
@@ -160,7 +158,7 @@ void test_limit(Format f, int code, int sub, int zero, double expected_sum) {
     Outputs got(in);
     Block<float> y(kRows * f.n);
     Block<uint8_t> scratch(scratch_bytes(f, kRows));
-    const QuantizedRows rows = {got.codes.data(), got.scale.data(), got.presets.data()};
+    const QuantizedRows rows = got.activations.rows();
     row.kernels->quantize_rows(f, source, rows, 0, kRows);
     const LinearArgs args = {.format = &f,
                              .packed = packed.data.data(),

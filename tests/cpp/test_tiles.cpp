@@ -24,11 +24,9 @@ void run_linear(const KernelTable& kernels, Packed& packed, int64_t rows, uint64
   Random random(seed);
   Block<float> x(rows * f.k);
   fill(random, DType::f32, 1.0f, 0, x.data(), x.count());
-  Block<int8_t> codes(rows * f.k_padded);
-  Block<float> scale(rows * (f.k_padded / f.act_group));
-  Block<int32_t> presets(rows * presets_per_row(f));
+  Activations8 activations(f, rows);
   Block<uint8_t> scratch(scratch_bytes(f, rows));
-  const QuantizedRows quantized = {codes.data(), scale.data(), presets.data()};
+  const QuantizedRows quantized = activations.rows();
   kernels.quantize_rows(f, {x.data(), DType::f32, f.k, nullptr}, quantized, 0, rows);
   const LinearArgs args = {.format = &f,
                            .packed = packed.data.data(),

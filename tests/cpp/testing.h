@@ -118,6 +118,23 @@ struct Packed {
   Parts parts() { return {codes.data(), scale.data(), zero_point.data(), sub_scale.data()}; }
 };
 
+/// Memory for `m` rows of activations of this format.
+struct Activations8 {
+  Activations8(const Format& f, int64_t m)
+      : codes(m * f.k_padded),
+        scale(m * (f.k_padded / f.act_group)),
+        presets(m * presets_per_row(f)),
+        blocks(code_block_bytes(f, m)) {}
+  Block<int8_t> codes;
+  Block<float> scale;
+  Block<int32_t> presets;
+  Block<int8_t> blocks;
+  QuantizedRows rows() {
+    return {codes.data(), scale.data(), presets.data(),
+            blocks.count() == 0 ? nullptr : blocks.data()};
+  }
+};
+
 // The tests, one file each.
 void test_header();
 void test_pack();

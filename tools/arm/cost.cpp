@@ -1,6 +1,7 @@
 // One call of a kernel, for tools/arm/cost.py to count its instructions: `cost ROW KERNEL M`.
 //
 // What prepares the call runs on the scalar row, so that only the call itself executes code of ROW.
+// So blocks of codes hold anything: the call does not depend on it.
 #include "../../tests/cpp/testing.h"
 
 namespace slmops::testing {
@@ -36,11 +37,10 @@ void run_linear(const KernelTable& kernels, Format f, int64_t m) {
   EXPECT(complete(&f) == nullptr, "%s", describe(f).c_str());
   Random random(1);
   Packed packed(f, random);
-  Block<float> x(m * f.k), scale(m * (f.k_padded / f.act_group)), y(m * f.n);
+  Block<float> x(m * f.k), y(m * f.n);
   fill(random, DType::f32, 1.0f, 0, x.data(), x.count());
-  Block<int8_t> codes(m * f.k_padded);
-  Block<int32_t> presets(m * presets_per_row(f));
-  const QuantizedRows rows = {codes.data(), scale.data(), presets.data()};
+  Activations8 activations(f, m);
+  const QuantizedRows rows = activations.rows();
   scalar_row().kernels->quantize_rows(f, {x.data(), DType::f32, f.k, nullptr}, rows, 0, m);
   Block<uint8_t> scratch(scratch_bytes(f, m) + 64);
   const uint64_t aligned = (reinterpret_cast<uint64_t>(scratch.data()) + 63) / 64 * 64;

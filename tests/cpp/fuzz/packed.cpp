@@ -68,7 +68,7 @@ void run_kernels(const Format& f, const uint8_t* data) {
   std::vector<float> scale(static_cast<size_t>(f.k_padded / f.act_group)), wide(codes.size());
   std::vector<int32_t> presets(static_cast<size_t>(presets_per_row(f)));
   std::vector<float> y(static_cast<size_t>(f.n));
-  const QuantizedRows quantized = {codes.data(), scale.data(), presets.data()};
+  const QuantizedRows quantized = {codes.data(), scale.data(), presets.data(), nullptr};
   const SourceRows source = {x.data(), DType::f32, f.k, nullptr};
   kernels.quantize_rows(f, source, quantized, 0, 1);
   kernels.widen_rows(f, source, wide.data(), 0, 1);

@@ -65,14 +65,12 @@ void test_phases(Random& random) {
 void run_op(const Packed& packed, const Block<float>& x, int64_t m, int64_t workers,
             Block<float>* out) {
   const Format& f = packed.format;
-  Block<int8_t> codes(m * f.k_padded);
-  Block<float> scale(m * (f.k_padded / f.act_group)), wide(m * f.k_padded), y(m * f.n);
-  Block<int32_t> presets(m * presets_per_row(f));
-  Block<float> ones(f.n);
+  Activations8 activations(f, m);
+  Block<float> wide(m * f.k_padded), y(m * f.n), ones(f.n);
   for (int64_t i = 0; i < f.n; ++i) ones[i] = 1.0f;
   const int64_t scratch_size = (scratch_bytes(f, m) + 63) / 64 * 64;
   Block<uint8_t> scratch(workers * scratch_size);
-  const QuantizedRows quantized = {codes.data(), scale.data(), presets.data()};
+  const QuantizedRows quantized = activations.rows();
   const SourceRows source = {x.data(), DType::f32, f.k, nullptr};
   LinearArgs args = {.format = &f,
                      .packed = packed.data.data(),
