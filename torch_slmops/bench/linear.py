@@ -34,6 +34,7 @@ KERNELS = (
     Kernel("sub16 a128", 4, "sub16", 16, 128),
     Kernel("int4 g32 a128", 4, "group", 32, 128),
     Kernel("int8 g32 a32", 8, "group", 32, 32),
+    Kernel("int8 per output", 8, "group", -1, -1),
 )
 
 
@@ -71,7 +72,8 @@ def assert_right(kernel: Kernel, quantized: Tensor, packed: Tensor) -> None:
     n, k = quantized.shape
     x = torch.randn(3, k)
     y = torch.ops.slmops.linear(x, packed, n).double()
-    groups = x.double().view(len(x), -1, kernel.act_group)
+    act_group = kernel.act_group if kernel.act_group > 0 else x.shape[1]
+    groups = x.double().view(len(x), -1, act_group)
     half_step = groups.abs().amax(2, keepdim=True) / 254
     bound = half_step.expand_as(groups).flatten(1) @ quantized.double().abs().T
     error = (y - x.double() @ quantized.double().T).abs()
