@@ -191,10 +191,31 @@ def test_a_model_that_stops_early(kept: list[int]) -> None:
 
 
 def test_compiled() -> None:
+    model, targets = llama(), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        layers = [n for n in graph.graph.nodes if "decoder_layers" in str(n.target)]
+        targets.append([layer.args[-1] for layer in layers])
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for length in (6, 6, 9):
+        ids = tokens(1, length)
+        want = logits(model, ids, use_cache=False, logits_to_keep=1)
+        assert_same_bits(logits(compiled, ids, use_cache=False, logits_to_keep=1), want)
+    assert targets == [[0, 1], [0, 1]]  # for 6, and for any length
+    whole = logits(model, ids, use_cache=False)
+    assert_same_bits(logits(compiled, ids, use_cache=False), whole)
+    assert targets[2:] == [[0, 0]]
+
+
+def test_exported() -> None:
     model, ids = llama(), tokens(1, 6)
-    want = logits(model, ids, use_cache=False, logits_to_keep=1)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert_same_bits(logits(compiled, ids, use_cache=False, logits_to_keep=1), want)
+    options = {"use_cache": False, "logits_to_keep": 1}
+    with torch.inference_mode():
+        want = model(ids, **options).logits
+    exported = torch.export.export(model, (ids,), options).module()
+    assert_same_bits(exported(ids, **options).logits, want)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

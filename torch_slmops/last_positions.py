@@ -37,14 +37,24 @@ class Stack:
     norm: str
 
 
-class _Wanted(threading.local):
-    """What the call in progress in a thread wants: 0 for all positions."""
+class _Wanted:
+    """What the call in progress wants: 0 for all positions."""
 
-    model: LastPositions | None = None
-    count: int = 0
+    def __init__(self) -> None:
+        self.model: LastPositions | None = None
+        self.count = 0
 
 
-_wanted = _Wanted()
+class _WantedInThread(_Wanted, threading.local):
+    """The same of a thread."""
+
+
+_wanted, _traced = _WantedInThread(), _Wanted()
+
+
+def _of_this_call() -> _Wanted:
+    """What torch.compile traces, a thread at a time, it could not read from a thread's own."""
+    return _traced if torch.compiler.is_compiling() else _wanted
 
 
 class LastPositions(Derived):
@@ -53,15 +63,14 @@ class LastPositions(Derived):
     slmops_stack: Stack
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return super().__call__(*args, **kwargs)
-        before = _wanted.model, _wanted.count
+        wanted = _of_this_call()
+        before = wanted.model, wanted.count
         count = kwargs.get("logits_to_keep")
-        _wanted.model, _wanted.count = self, count if type(count) is int else 0
+        wanted.model, wanted.count = self, count if type(count) is int else 0
         try:
             return super().__call__(*args, **kwargs)
         finally:
-            _wanted.model, _wanted.count = before
+            wanted.model, wanted.count = before
 
     def ends_with(self, layer: nn.Module) -> bool:
         """Whether nobody but the norm and the logits sees what `layer` makes."""
@@ -75,12 +84,15 @@ class LastPositions(Derived):
         norm = parent._modules[stack.norm]
         if not layers or layers[-1] is not layer or not isinstance(norm, FusedRMSNorm):
             return False
-        return not hooks_are_global() and not any(map(has_hooks, (self, parent, layer, norm)))
+        if not torch.compiler.is_compiling() and hooks_are_global():
+            return False
+        return not any(has_hooks(module) for module in (self, parent, layer, norm))
 
 
 def positions_wanted(layer: nn.Module, length: int) -> int:
     """How many of `length` positions, the last ones, are wanted of a decoder layer; 0: all."""
-    model, count = _wanted.model, _wanted.count
-    if model is None or not 0 < count < length or torch.compiler.is_compiling():
+    wanted = _of_this_call()
+    model, count = wanted.model, wanted.count
+    if model is None or not 0 < count < length:
         return 0
     return count if model.ends_with(layer) else 0
