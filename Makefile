@@ -174,7 +174,7 @@ test-transformers: build $(VENV)/.stamp-dev
 	  $(PIP) install -q --no-deps --upgrade --target build/transformers-$$version "transformers==$$version.*"; \
 	  PYTHONPATH=build/transformers-$$version $(VENV)/bin/python -m pytest \
 	    tests/test_families.py tests/test_fuse.py tests/test_fused_models.py tests/test_fused_rotary.py \
-	    tests/test_attention_models.py tests/test_pretrained.py; \
+	    tests/test_last_positions.py tests/test_attention_models.py tests/test_pretrained.py; \
 	done
 
 # Versions of Python whose tests are those that need no transformers; torch-2.10: the whole suite, with PYTHON.
