@@ -265,6 +265,37 @@ def test_a_forward_that_does_more(forward: Callable[..., Any]) -> None:
     assert not isinstance(optimize(model), LastPositions)
 
 
+def _ends_with_the_loop(self: Any, input_ids: Tensor, **kwargs: Any) -> None:
+    hidden_states = self.embed_tokens(input_ids)
+    for layer in self.layers:
+        hidden_states = layer(hidden_states, **kwargs)
+
+
+def _norms_a_part(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+    hidden_states = self.embed_tokens(input_ids)
+    for layer in self.layers:
+        hidden_states = layer(hidden_states, **kwargs)
+    hidden_states = self.norm(hidden_states[:, 1:])
+    return BaseModelOutputWithPast(last_hidden_state=hidden_states)  # noqa: F821
+
+
+def _returns_the_state_twice(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+    hidden_states = self.embed_tokens(input_ids)
+    for layer in self.layers:
+        hidden_states = layer(hidden_states, **kwargs)
+    hidden_states = self.norm(hidden_states)
+    return BaseModelOutputWithPast(  # noqa: F821
+        last_hidden_state=hidden_states, hidden_states=hidden_states
+    )
+
+
+@pytest.mark.parametrize("forward", [_ends_with_the_loop, _norms_a_part, _returns_the_state_twice])
+def test_a_parent_that_does_more(forward: Callable[..., Any]) -> None:
+    model = small("llama")
+    model.model.__class__ = type("Changed", (type(model.model),), {"forward": forward})
+    assert not isinstance(optimize(model, activations="int8"), LastPositions)
+
+
 def test_layers_that_are_not_fused_want_nothing() -> None:
     model = optimize(small("llama"), fuse=False)
     assert type(model) is transformers.LlamaForCausalLM

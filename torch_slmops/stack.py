@@ -135,7 +135,8 @@ def _chain(forward: ast.FunctionDef, name: str) -> tuple[ast.For, bool] | None:
 
 def _stack_of(model: nn.Module) -> Stack | None:
     """The layers of a causal language model, if nothing but its logits depends on the last one."""
-    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    function: Any = getattr(type(model), "forward", None)
+    code = getattr(inspect.unwrap(function), "__code__", None)
     if code is None or _KEPT not in code.co_varnames:
         return None
     forward = _source(model)
@@ -183,7 +184,9 @@ def _norm_after(forward: ast.FunctionDef, loop: ast.For) -> str | None:
     state = _assigned(loop.body[-1])[0]
     rest = forward.body[forward.body.index(loop) + 1 :]
     uses = [n for s in rest for n in ast.walk(s) if isinstance(n, ast.Name) and n.id == state]
-    name, value = _assigned(rest[0]) if rest else ("", "")
+    if not rest:
+        return None
+    name, value = _assigned(rest[0])
     returned = [
         keyword
         for call in ast.walk(rest[-1])

@@ -47,6 +47,8 @@ inline QuantizedRows row_of(const Format& f, const QuantizedRows& rows, int64_t 
           rows.presets + row * presets_per_row(f), nullptr};
 }
 
+static_assert(kCodeBlocks || !kBlocks);
+
 /// Codes [begin, end) of rows [row, row + rows) once more, in blocks of rows.
 template <class B>
 inline void fill_code_blocks(const Format& f, const QuantizedRows& all, int64_t row, int64_t rows,

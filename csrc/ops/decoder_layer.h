@@ -93,7 +93,7 @@ class DecoderLayer {
     uint8_t* branch;    // [slab][k], what is added to the hidden state
     SlabActivations of_qkv, of_output, of_mlp;
     QkvScratch qkv;
-    int64_t attention_queries;  // that it is for, of a sequence
+    int64_t attention_queries;  // of a sequence, that `attention` is for
     AttentionScratch attention;
     MlpScratch mlp;
     WorkerScratch output;
