@@ -273,6 +273,27 @@ def test_hidden_states_are_recorded() -> None:
     assert not any(a.equal(b) for a, b in itertools.pairwise(found.hidden_states))
 
 
+def test_layers_run_at_once_again_after_outputs_were_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """transformers' hooks for it stay."""
+    model, ids = optimize(small("llama", num_hidden_layers=4)), tokens(1, 5)
+    want = logits(model, ids, use_cache=False)
+    calls = Calls(monkeypatch)
+    for _ in "ab":
+        with torch.inference_mode():
+            found = model(ids, use_cache=False, output_hidden_states=True)
+        assert len(found.hidden_states) == 5
+        assert 4 not in calls.layers
+        for _ in "ab":
+            assert_same_bits(logits(model, ids, use_cache=False), want)
+        assert calls.layers[-2:] == [4, 4]
+        calls.layers.clear()
+    model.model.layers[1].register_forward_hook(lambda *args: None)
+    logits(model, ids, use_cache=False)
+    assert 4 not in calls.layers
+
+
 def test_a_model_that_stops_early() -> None:
     """As assisted decoding by an early exit does."""
     model = optimize(small("llama", num_hidden_layers=4))

@@ -121,13 +121,15 @@ def test_who_may_look_at_the_last_layer_sees_all(
     assert set(kept) == {6}
 
 
-def test_hidden_states_are_those_of_all_positions() -> None:
+def test_hidden_states_are_those_of_all_positions(kept: list[int]) -> None:
     model, ids = llama(), tokens(1, 6)
     with torch.inference_mode():
         want = model(ids, output_hidden_states=True).hidden_states
         got = model(ids, output_hidden_states=True, logits_to_keep=1).hidden_states
     for one, other in zip(got, want, strict=True):
         assert_same_bits(one, other)
+    logits(model, ids, logits_to_keep=1)
+    assert kept[-1] == 1
 
 
 def test_the_layers_alone_know_of_no_logits() -> None:
@@ -191,6 +193,7 @@ def test_a_model_that_stops_early(kept: list[int]) -> None:
 
 
 def test_compiled() -> None:
+    torch.compiler.reset()
     model, targets = llama(), []
 
     def backend(graph: torch.fx.GraphModule, inputs: object) -> Any:

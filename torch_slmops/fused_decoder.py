@@ -22,9 +22,11 @@ from torch_slmops.fused import (
     FusedAttention,
     FusedMLP,
     NormSpec,
+    any_acts,
     has_hooks,
     hooks_are_global,
     read,
+    records_outputs,
     scaling_of,
 )
 from torch_slmops.last_positions import positions_wanted
@@ -313,7 +315,7 @@ class _Snapshot:
         self.own = [vars(m) for m in passed_by]
         self.blocks = [vars(m) for m in everything if isinstance(m, Fused)]
         self.hooks = [own[name] for own in self.own for name in HOOKS]
-        self.added = -1
+        self.added, self.has_idle = -1, False
         tables: Any = [(m._modules, m._parameters, m._buffers) for m in everything]
         self.tables = [table for table in itertools.chain.from_iterable(tables) if table]
         self.objects = list(itertools.chain.from_iterable(map(dict.values, self.tables)))
@@ -323,13 +325,14 @@ class _Snapshot:
         self.norms = [norm for norm in self.norms if norm is not _ABSENT]
 
     def _is_unhooked(self) -> bool:
-        """Whether there are no hooks: each is looked at only after one was added anywhere."""
+        """Whether no hook acts: each is looked at only after one was added anywhere."""
         added = RemovableHandle.next_id
         if added != self.added:
-            if any(self.hooks):
+            found = [hooks for hooks in self.hooks if hooks]
+            if any(map(any_acts, found)):
                 return False
-            self.added = added
-        return True
+            self.added, self.has_idle = added, bool(found)
+        return not self.has_idle or not records_outputs()
 
     def holds(self, layers: tuple[FusedDecoderLayer, ...], dtype: torch.dtype) -> bool:
         """Whether nothing has changed, and nobody looks at what the op passes by."""
