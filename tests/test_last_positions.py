@@ -238,6 +238,15 @@ def test_the_class_keeps_its_name_and_comes_back() -> None:
     assert "slmops_stack" not in vars(model)
 
 
+def test_a_new_model_of_the_class(kept: list[int]) -> None:
+    model = type(llama())(small("llama").config).eval()
+    optimize(model.model)
+    logits(model, tokens(1, 6), logits_to_keep=1)
+    optimize(model)
+    logits(model, tokens(1, 6), logits_to_keep=1)
+    assert kept[0] == 6 and kept[-1] == 1
+
+
 def _sees_every_state(self: Any, input_ids: Tensor, logits_to_keep: int = 0, **rest: Any) -> Any:
     outputs = self.model(input_ids, **rest)
     assert outputs.last_hidden_state.shape[:2] == input_ids.shape

@@ -59,7 +59,7 @@ def dequantize(model: Model, *, dtype: torch.dtype | None = None) -> Model:
         block.__class__ = type(block).__bases__[1]
     for parent in list(model.modules()):
         if isinstance(parent, LastPositions):
-            del vars(parent)["slmops_stack"]
+            vars(parent).pop("slmops_stack", None)
             causal_lm: Any = parent
             causal_lm.__class__ = type(parent).__bases__[1]
         if type(parent) is Layers:

@@ -60,7 +60,7 @@ def _of_this_call() -> _Wanted:
 class LastPositions(Derived):
     """A causal language model that says how many positions its `logits_to_keep` are."""
 
-    slmops_stack: Stack
+    slmops_stack: Stack | None = None  # none of a new model of an old one's class
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         wanted = _of_this_call()
@@ -75,9 +75,9 @@ class LastPositions(Derived):
     def ends_with(self, layer: nn.Module) -> bool:
         """Whether nobody but the norm and the logits sees what `layer` makes."""
         stack = self.slmops_stack
-        parent: Any = stack.parent
-        if self._modules.get(stack.child) != parent:
+        if stack is None or self._modules.get(stack.child) != stack.parent:
             return False
+        parent: Any = stack.parent
         layers = list(parent._modules[stack.layers]._modules.values())
         if stack.bounded:
             layers = layers[: parent.config.num_hidden_layers]
