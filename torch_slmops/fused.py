@@ -6,22 +6,20 @@ old forward is a `super()` away: it runs, on the packed projections, whatever a 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from torch_slmops import ops
 from torch_slmops.families import Attention, Experts, GatedMLP, RMSNorm
+from torch_slmops.hooks import has_hooks, hooks_are_global
 from torch_slmops.modules import Linear
 from torch_slmops.packed_rows import GateUp, Rows
 
 __all__ = [
-    "HOOKS",
     "SNAPSHOT",
     "AttentionSpec",
     "Derived",
@@ -32,12 +30,9 @@ __all__ = [
     "FusedRMSNorm",
     "MLPSpec",
     "NormSpec",
-    "any_acts",
     "attend",
     "derived_class",
-    "has_hooks",
     "read",
-    "records_outputs",
     "scaling_of",
 ]
 
@@ -50,9 +45,7 @@ _swiglu = ops.swiglu
 _PROJECTIONS = (Rows, Linear, GateUp)
 
 Tables = tuple[Tensor, Tensor]
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 SNAPSHOT = "_slmops_snapshot"  # an attribute that copies do without
-_RECORDING = "transformers.utils.output_capturing"
 _OWN = ("hidden_states", "position_embeddings", "attention_mask")
 _OLD_CACHE = "past_key_values"
 
@@ -155,34 +148,6 @@ class Fused(Derived):
         if x.requires_grad and torch.is_grad_enabled():
             return False
         return self.is_bare()
-
-
-def hooks_are_global() -> bool:
-    """Whether calls of any module run hooks, such as `register_module_forward_hook` adds."""
-    return bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
-
-
-def has_hooks(module: nn.Module | None) -> bool:
-    """Whether a call of `module` runs own hooks that act, or a forward that its class has not."""
-    own = vars(module)
-    return "forward" in own or any(own[name] and any_acts(own[name]) for name in HOOKS)
-
-
-def any_acts(hooks: Mapping[int, Any]) -> bool:
-    """Whether one of the hooks does something in the call in progress.
-
-    Those that transformers records outputs with stay on a model after the first call that asks for
-    hidden states or attentions, and do nothing in others.
-    """
-    if torch.compiler.is_compiling() or records_outputs():
-        return bool(hooks)
-    return not all(getattr(hook, "__module__", None) == _RECORDING for hook in hooks.values())
-
-
-def records_outputs() -> bool:
-    """Whether the call in progress asks transformers for outputs of inner modules."""
-    collector = getattr(sys.modules.get(_RECORDING), "_active_collector", None)
-    return collector is None or bool(collector.get())
 
 
 _classes: dict[tuple[type, type], type[Derived]] = {}

@@ -16,19 +16,15 @@ from torch_slmops import _C, ops
 from torch_slmops.attention import NAME
 from torch_slmops.families import DecoderLayer
 from torch_slmops.fused import (
-    HOOKS,
     SNAPSHOT,
     Fused,
     FusedAttention,
     FusedMLP,
     NormSpec,
-    any_acts,
-    has_hooks,
-    hooks_are_global,
     read,
-    records_outputs,
     scaling_of,
 )
+from torch_slmops.hooks import HOOKS, any_acts, has_hooks, hooks_are_global, records_outputs
 from torch_slmops.last_positions import positions_wanted
 from torch_slmops.modules import Linear
 from torch_slmops.packed_rows import GateUp

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_slmops.fused import Derived, FusedRMSNorm, has_hooks, hooks_are_global
+from torch_slmops.fused import Derived, FusedRMSNorm
+from torch_slmops.hooks import has_hooks, hooks_are_global
 
 __all__ = ["LastPositions", "Stack", "positions_wanted"]
 

@@ -10,6 +10,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from torch_slmops.foreign import source_of
+from torch_slmops.hooks import HOOKS
 from torch_slmops.modules import PackedModule
 from torch_slmops.weights import FLOAT_DTYPES
 
@@ -51,7 +52,6 @@ _ADVICE = (
     "read its codes from the checkpoint instead, with torch_slmops.from_checkpoint(folder), or "
     "load it unquantized"
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,7 +282,7 @@ def _obstacle(module: nn.Module) -> str | None:
         return "not an nn.Linear or nn.Embedding"
     if "forward" in vars(module):
         return "its forward was replaced"
-    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+    if any(getattr(module, hooks, None) for hooks in HOOKS):
         return "it has hooks, which may change its input, output or weight"
     weight = _own_weight(module)
     if weight is None:
