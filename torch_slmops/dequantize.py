@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_slmops.attention import NAME
-from torch_slmops.fused import SNAPSHOT, AttentionSpec, ExpertsSpec, Fused, MLPSpec
-from torch_slmops.last_positions import LastPositions
+from torch_slmops.fused import SNAPSHOT, AttentionSpec, Derived, ExpertsSpec, Fused, MLPSpec
 from torch_slmops.modules import Embedding, PackedModule
 from torch_slmops.packed_rows import Rows
 from torch_slmops.stack import Layers
@@ -54,14 +53,11 @@ def dequantize(model: Model, *, dtype: torch.dtype | None = None) -> Model:
         for name in names:
             del block._modules[name]
         block._parameters.update(experts.get(block, {}))
-        for name in ("slmops", "slmops_run", SNAPSHOT):
-            vars(block).pop(name, None)
-        block.__class__ = type(block).__bases__[1]
     for parent in list(model.modules()):
-        if isinstance(parent, LastPositions):
-            vars(parent).pop("slmops_stack", None)
-            causal_lm: Any = parent
-            causal_lm.__class__ = type(parent).__bases__[1]
+        if isinstance(parent, Derived):
+            for name in ("slmops", "slmops_run", "slmops_stack", SNAPSHOT):
+                vars(parent).pop(name, None)
+            parent.__class__ = type(parent).__bases__[1]
         if type(parent) is Layers:
             layer_list: Any = parent
             layer_list.__class__ = nn.ModuleList
